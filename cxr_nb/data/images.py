@@ -7,7 +7,7 @@ __all__ = ['MAX_PIXELS', 'MIN_SIDE', 'IMAGENET_MEAN', 'IMAGENET_STD', 'SCHEMA', 
            'box_in_window', 'box_in_set', 'normalise_imagenet', 'RadiographSet', 'open_set', 'write_set', 'as_is',
            'RadiographData', 'build_set']
 
-# %% ../../nbs/12_images.ipynb #d4dcad27
+# %% ../../nbs/12_images.ipynb #bd5ff168
 import errno, hashlib, io, json, os, shutil
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -25,7 +25,7 @@ from pydicom.pixels import apply_modality_lut, apply_windowing
 from tqdm.auto import tqdm
 
 from ..core import atomic, sha256, to_unit, write_json
-from .sources import BOX, Release, as_annotations, findings_of, validate
+from .sources import BOX, Release, as_annotations, decode_rle, findings_of, validate
 
 # %% ../../nbs/12_images.ipynb #8f2afb8b
 MAX_PIXELS = 2**26   # no detector has more; a header that claims more is damaged or hostile
@@ -310,7 +310,17 @@ def _read_all(path: Path, todo: np.ndarray, one, size: int, workers: int, may_fa
             if len(rejects) > may_fail: break
     return rejects
 
-# %% ../../nbs/12_images.ipynb #75c5637e
+# %% ../../nbs/12_images.ipynb #92219aa7
+def _masks(release: Release, annotations: pd.DataFrame, wh: pd.DataFrame, size: int, crop: bool) -> tuple[pd.DataFrame, np.ndarray | None]:
+    "The masks that the annotations refer to, preprocessed as their images (`wh`: size of each file by image_id), and the annotations renumbered."
+    used = annotations.dropna(subset="mask").drop_duplicates("mask")
+    if not len(used): return annotations, None
+    masks = np.empty((len(used), size, size), np.uint8)
+    for k, (i, number) in enumerate(zip(used.image_id, used["mask"])):
+        whole = cv2.resize(decode_rle(release.masks[number], 1024, 1024)*255, tuple(int(v) for v in wh.loc[i]), interpolation=cv2.INTER_NEAREST)
+        masks[k] = preprocess(whole, size, crop) > 127
+    return annotations.assign(mask=annotations["mask"].map(dict(zip(used["mask"], range(len(used))))).astype("Int64")), masks
+
 def _finish(release: Release, path: Path, m: pd.DataFrame, rejects: dict[int, str], may_fail: int, job: dict) -> RadiographSet:
     "From images.part and sizes.part to the set. Raises `ValueError` where more than `may_fail` images were rejected."
     bad, size = m.iloc[list(rejects)], job["size"]
@@ -322,8 +332,8 @@ def _finish(release: Release, path: Path, m: pd.DataFrame, rejects: dict[int, st
     images, wh = np.memmap(path/"images.part", np.uint8, "r", shape=(len(m), size, size)), np.fromfile(path/"sizes.part", "<i4", 2*(keep[-1] + 1)).reshape(-1, 2)[keep]
     m = m.iloc[keep].reset_index(drop=True)
     m = m.assign(width=m.width.fillna(pd.Series(wh[:, 0], dtype="Int64")), height=m.height.fillna(pd.Series(wh[:, 1], dtype="Int64")))
-    made = write_set(path, images, m, release.annotations[release.annotations.image_id.isin(m.image_id)], made_by=job | dict(by="build_set", rejects=len(rejects)),
-                     window=crop_window(*wh.T, size, job["crop"]), rows=None if len(keep) == len(images) else keep)
+    annotations, masks = _masks(release, release.annotations[release.annotations.image_id.isin(m.image_id)], pd.DataFrame(wh, index=m.image_id), size, job["crop"])
+    made = write_set(path, images, m, annotations, masks, made_by=job | dict(by="build_set", rejects=len(rejects)), window=crop_window(*wh.T, size, job["crop"]), rows=None if len(keep) == len(images) else keep)
     for p in ("build.json", "images.part", "sizes.part"): (path/p).unlink()
     return made
 
