@@ -8,8 +8,8 @@ __all__ = ['MANIFEST', 'META', 'ANNOTATIONS', 'ANNOTATION', 'BOX', 'SOURCES', 'M
            'read_chexpert', 'read_mimic', 'read_vindr', 'read_padchest', 'decode_rle', 'encode_rle', 'rle_box',
            'read_siim', 'read_rsna', 'read_openi', 'read_folder', 'read_source', 'metadata_folder', 'read_metadata']
 
-# %% ../../nbs/11_sources.ipynb #f38b3b09
-import ast, collections, difflib, importlib.util, inspect, os, tarfile
+# %% ../../nbs/11_sources.ipynb #d2c9fbf7
+import ast, collections, difflib, importlib.util, inspect, os, re, tarfile
 import xml.etree.ElementTree as ET
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,13 +22,19 @@ import pydicom
 from ..core import rng
 from .labels import VOCABULARIES, canonical, uncertain, vocabulary
 
-# %% ../../nbs/11_sources.ipynb #08518963
+# %% ../../nbs/11_sources.ipynb #d2b9c75a
 _TEXT, _INT = pd.StringDtype(na_value=np.nan), pd.Int64Dtype()
 
 def _column(dtype, *checks, nullable=True, unique=False):
     return pa.Column(dtype, list(checks), nullable=nullable, unique=unique)
 
-def _one_of(*values): return pa.Check.isin(values, error=f"is none of {', '.join(map(str, values))}")
+def _spread(s: pd.Series, f) -> np.ndarray:
+    "`f` of each different value of a column, put back in its rows: the columns have few different values and very many rows."
+    codes, values = pd.factorize(s, use_na_sentinel=False)
+    return np.array([f(v) for v in values] + [None], object)[codes]
+
+def _one_of(*values):
+    return pa.Check(lambda s: pd.Series(_spread(s, lambda v: v in values or pd.isna(v)), index=s.index, dtype=bool), error=f"is none of {', '.join(map(str, values))}")
 _filled = pa.Check.str_length(min_value=1, error="is empty")
 
 MANIFEST = pa.DataFrameSchema({
@@ -142,7 +148,7 @@ def split_by_patient(
     chosen |= dict.fromkeys(train[:round(val_of_train*len(train))], "val")
     return manifest.assign(split=key.map(chosen).astype(_TEXT))
 
-# %% ../../nbs/11_sources.ipynb #a10daa3b
+# %% ../../nbs/11_sources.ipynb #438c2c55
 @dataclass
 class Release:
     "What a reader makes of a published collection."
@@ -160,8 +166,9 @@ def _find(root: Path, *names: str, need: str = "") -> Path | None:
             if p.is_file(): return p
     if need: raise FileNotFoundError(f"{root}: there is no {' or '.join(names)} (nor .gz, .zip): {need}")
 
-def _csv(path: Path, need: tuple[str, ...] = (), id: str = "", rename: dict[str, str] | None = None, **kw) -> pd.DataFrame:
-    "A table of text columns; `id` names the column that errors show."
+def _csv(path: Path, need: tuple[str, ...] = (), id: str = "", rename: dict[str, str] | None = None, only: bool = False, **kw) -> pd.DataFrame:
+    "A table of text columns (with `only`, just those in `need`); `id` names the column that errors show."
+    if only: kw["usecols"] = lambda c: c.strip() in need
     try: t = pd.read_csv(path, dtype=str, keep_default_na=False, **{"na_values": [""]} | kw)
     except UnicodeDecodeError as e: raise ValueError(f"{path}: is not UTF-8 text ({e.reason}); take the file as released, or save it as UTF-8") from e
     except pd.errors.EmptyDataError as e: raise ValueError(f"{path}: is empty; download it again") from e
@@ -169,7 +176,9 @@ def _csv(path: Path, need: tuple[str, ...] = (), id: str = "", rename: dict[str,
     t.columns = [c.strip() for c in t.columns]
     t = t.rename(columns={a: b for a, b in (rename or {}).items() if b not in t})
     for c in need:
-        if c not in t: raise ValueError(f"{path}: there is no column `{c}`; the nearest is `{(difflib.get_close_matches(c, list(t), n=1, cutoff=0) or ['none'])[0]}`. The file as released has: {', '.join(need)}")
+        if c in t: continue
+        near = difflib.get_close_matches(c, list(pd.read_csv(path, nrows=0)), n=1, cutoff=0)
+        raise ValueError(f"{path}: there is no column `{c}`; the nearest is `{''.join(near)}`. The file as released has: {', '.join(need)}")
     if not len(t): raise ValueError(f"{path}: has a header but no rows; download it again")
     t.attrs = {"file": str(path), "id": id or t.columns[0]}
     return t
@@ -180,24 +189,28 @@ def _require(t: pd.DataFrame, ok, column: str, why: str) -> None:
         more = f" (and {len(bad) - 1} more rows)" if len(bad) > 1 else ""
         raise ValueError(f"{t.attrs['file']}: row {bad[0] + 1} ({t[t.attrs['id']].iloc[bad[0]]}), column `{column}`: {t[column].iloc[bad[0]]!r} {why}{more}")
 
-# %% ../../nbs/11_sources.ipynb #68aca628
+# %% ../../nbs/11_sources.ipynb #1143dccd
 _SEX = {"M": "M", "Male": "M", "F": "F", "Female": "F", "O": None, "Unknown": None}
 _VIEW = {"PA": "PA", "POSTEROANTERIOR": "PA", "AP": "AP", "ANTEROPOSTERIOR": "AP", "AP_horizontal": "AP", "LATERAL": "LATERAL", "L": "LATERAL", "LL": "LATERAL", "RL": "LATERAL", "LARGE LATERAL": "LATERAL",
          **dict.fromkeys(("AP AXIAL", "AP LLD", "AP RLD", "PA LLD", "PA RLD", "LAO", "LPO", "RAO", "RPO", "LLD", "XTABLE LATERAL", "SWIMMERS", "OBLICUA", "GENERICA", "COSTAL", "EXCLUDE", "UNK"))}
 
 def _lookup(t: pd.DataFrame, column: str, table: dict, what: str) -> pd.Series:
-    _require(t, t[column].isna() | t[column].isin(list(table)), column, f"is no {what} that is known; known are {', '.join(table)}")
-    return t[column].map(table).astype(_TEXT)
+    _require(t, _spread(t[column], lambda v: pd.isna(v) or v in table), column, f"is no {what} that is known; known are {', '.join(table)}")
+    return pd.Series(_spread(t[column], lambda v: np.nan if pd.isna(v) else table[v] or np.nan), index=t.index, dtype=_TEXT)
 
 def _numbers(t: pd.DataFrame, column: str, blank: bool = True) -> np.ndarray:
-    v = pd.to_numeric(t[column].str.strip() if t[column].notna().any() else t[column], errors="coerce").to_numpy(float)
-    _require(t, np.isfinite(v) | (t[column].isna() & blank), column, "is not a number")
+    codes, values = pd.factorize(t[column])
+    v = np.append(pd.to_numeric(pd.Series(values, dtype=object), errors="coerce").to_numpy(float), np.nan)[codes]
+    _require(t, np.isfinite(v) | ((codes == -1) & blank), column, "is not a number")
     return v
 
 def _age(t: pd.DataFrame, column: str, notes: list[str]) -> pd.Series:
-    m = t[column].str.strip().str.extract(r"^(\d+(?:\.\d+)?)([YMWD]?)$")
-    _require(t, t[column].isna() | m[0].notna(), column, "is not an age; write years as a number, or digits with Y, M, W or D")
-    age = m[0].astype(float)/m[1].map({"": 1, "Y": 1, "M": 12, "W": 365.25/7, "D": 365.25}).astype(float)
+    def years(v):
+        if pd.isna(v): return np.nan
+        m = re.fullmatch(r"(\d+(?:\.\d+)?)([YMWD]?)", v.strip())
+        return float(m[1])/{"": 1, "Y": 1, "M": 12, "W": 365.25/7, "D": 365.25}[m[2]] if m else -1.
+    age = pd.Series(_spread(t[column], years), index=t.index, dtype=float)
+    _require(t, age != -1, column, "is not an age; write years as a number, or digits with Y, M, W or D")
     if (far := age > 120).any(): notes.append(f"{far.sum()} ages above 120 years are taken as not known (the first: {t[column][far].iloc[0]})")
     return age.mask(far)
 
@@ -212,7 +225,7 @@ def _multi_hot(t: pd.DataFrame, column: str, source: str, split) -> pd.DataFrame
         except ValueError as e: _require(t, codes != i, column, f"cannot be read: {e}")
     return pd.DataFrame(rows[codes], columns=names)
 
-# %% ../../nbs/11_sources.ipynb #332c8e31
+# %% ../../nbs/11_sources.ipynb #42a7db14
 def _files(root: Path, suffixes: tuple[str, ...], by: str = "path") -> dict[str, str]:  # path, name or stem -> path relative to root
     found = {}
     for d, _, names in os.walk(root):
@@ -237,10 +250,10 @@ def _locate(t: pd.DataFrame, keys: pd.Series, root: Path, missing: str, suffixes
     if gone.any(): notes.append(f"{gone.sum()} of {len(keys)} images are not on disk and were dropped")
     return ~gone.to_numpy(), path
 
-def _release(name: str, root: Path, t: pd.DataFrame, keep, frame: pd.DataFrame, annotations: pd.DataFrame | None, notes: list[str], masks: tuple[str, ...] = ()) -> Release:
-    "Validates what a reader has made of `t`, then drops the rows that are not kept."
+def _release(name: str, root: Path, file: str, keep, frame: pd.DataFrame, annotations: pd.DataFrame | None, notes: list[str], masks: tuple[str, ...] = ()) -> Release:
+    "Validates what a reader has made of `file`, then drops the rows that are not kept."
     m, a = as_manifest(frame, source=name), as_annotations(annotations)
-    validate(m, a, file=t.attrs["file"]); check_patients(m, file=t.attrs["file"])
+    validate(m, a, file); check_patients(m, file)
     m = m[np.asarray(keep, bool)].reset_index(drop=True)
     return Release(m, a[a.image_id.isin(m.image_id)].reset_index(drop=True), root, name, notes, masks)
 
@@ -269,7 +282,7 @@ def _headers(root: Path, paths: pd.Series, notes: list[str]) -> pd.DataFrame:
     return pd.DataFrame({"patient_id": t.patient_id, "sex": _lookup(t, "sex", _SEX, "sex"), "age": _age(t, "age", notes), "view": _lookup(t, "view", _VIEW, "view"),
                          "width": _numbers(t, "width"), "height": _numbers(t, "height")}).set_axis(paths.index)
 
-# %% ../../nbs/11_sources.ipynb #a7242c5b
+# %% ../../nbs/11_sources.ipynb #5e06e08b
 _NIH = ("Image Index", "Finding Labels", "Follow-up #", "Patient ID", "Patient Age", "Patient Gender", "View Position", "OriginalImage[Width", "Height]")
 
 def _nih_table(path: Path, notes: list[str], need: tuple[str, ...] = ()) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -292,8 +305,6 @@ def _nih_split(root: Path, t: pd.DataFrame) -> pd.Series:
 
 def _nih_boxes(path: Path, images: pd.Series) -> pd.DataFrame:
     names = ["Image Index", "Finding Label", "x", "y", "w", "h"]
-    head = path.open("rb").read(2) if path.suffix == ".csv" else b""
-    if path.suffix == ".csv" and not head: raise ValueError(f"{path}: is empty; download it again")
     t = _csv(path, id="Image Index", header=None, skiprows=1, names=names, usecols=range(6), index_col=False)
     _require(t, t["Image Index"].isin(images), "Image Index", "has a box but no row in the Data_Entry table; take both files of the same release")
     _require(t, t["x"].notna(), "x", "leaves the box without numbers")
@@ -313,9 +324,9 @@ def read_nih(
     boxes = _find(root, "BBox_List_2017.csv")
     if boxes is None: notes.append("BBox_List_2017.csv is not there: no boxes")
     keep, path = _locate(t, t["Image Index"], root, missing, (".png",), "name", "Unpack all twelve image archives (images_001.tar.gz to images_012.tar.gz) under this folder", notes)
-    return _release("nih", root, t, keep, frame.assign(split=_nih_split(root, t), path=path).join(y), _nih_boxes(boxes, t["Image Index"]) if boxes else None, notes)
+    return _release("nih", root, t.attrs["file"], keep, frame.assign(split=_nih_split(root, t), path=path).join(y), _nih_boxes(boxes, t["Image Index"]) if boxes else None, notes)
 
-# %% ../../nbs/11_sources.ipynb #ae922b2c
+# %% ../../nbs/11_sources.ipynb #3af07e92
 def read_google2019(root: str | Path, missing: str = "error") -> Release:
     "Expert labels of four findings on NIH images; `root` holds the table and NIH's images. Raises as `read_nih` does."
     root, notes = Path(root), []
@@ -323,9 +334,9 @@ def read_google2019(root: str | Path, missing: str = "error") -> Release:
     t, frame = _nih_table(_find(root, "google2019_nih-chest-xray-labels.csv", need="the labels come with Majkowska et al., Radiology 2019"), notes, (*own, "Set Id"))
     for c in own: frame[canonical("google2019", c)] = _lookup(t, c, {"YES": "1", "NO": "0"}, "verdict").astype(float)
     keep, path = _locate(t, t["Image Index"], root, missing, (".png",), "name", "Put the images of NIH ChestX-ray14 under this folder", notes)
-    return _release("google2019", root, t, keep, frame.assign(split=_lookup(t, "Set Id", {"val": "val", "test": "test"}, "split"), path=path), None, notes)
+    return _release("google2019", root, t.attrs["file"], keep, frame.assign(split=_lookup(t, "Set Id", {"val": "val", "test": "test"}, "split"), path=path), None, notes)
 
-# %% ../../nbs/11_sources.ipynb #f7791ef5
+# %% ../../nbs/11_sources.ipynb #7bc7a0c0
 def _reported(t: pd.DataFrame, source: str, policy: str) -> pd.DataFrame:
     def one(own):
         v = _numbers(t, own)
@@ -349,12 +360,12 @@ def read_chexpert(
         view = _lookup(t, "AP/PA", _VIEW, "view").where(side == "F", side)
         if (odd := (side == "F") & (view == "LATERAL")).any(): notes.append(f"{odd.sum()} rows of {p.name} are called frontal and lateral at once; their view is taken as not known")
         keep, path = _locate(t, m[0] + ".jpg", root, missing, (".jpg",), "path", f"Unpack the release so that train/ and valid/ lie beside {p.name}", notes)
-        parts.append((t, keep, pd.DataFrame({"image_id": m[1] + "_" + m[2] + "_" + m[3], "patient_id": m[1], "study_id": m[1] + "_" + m[2], "split": split, "view": view.mask(odd), "sex": _lookup(t, "Sex", _SEX, "sex"),
+        parts.append((str(p), keep, pd.DataFrame({"image_id": m[1] + "_" + m[2] + "_" + m[3], "patient_id": m[1], "study_id": m[1] + "_" + m[2], "split": split, "view": view.mask(odd), "sex": _lookup(t, "Sex", _SEX, "sex"),
                                              "age": _age(t, "Age", notes), "path": path}).join(_reported(t, "chexpert", policy))))
-    t = pd.DataFrame(index=range(1)); t.attrs = {"file": " and ".join(p[0].attrs["file"] for p in parts)}
-    return _release("chexpert", root, t, np.concatenate([p[1] for p in parts]), pd.concat([p[2] for p in parts], ignore_index=True), None, notes)
+    files, keeps, frames = zip(*parts)
+    return _release("chexpert", root, " and ".join(files), np.concatenate(keeps), pd.concat(frames, ignore_index=True), None, notes)
 
-# %% ../../nbs/11_sources.ipynb #e6a0088f
+# %% ../../nbs/11_sources.ipynb #ccf94c61
 def read_mimic(
     root: str | Path,           # folder of MIMIC-CXR-JPG: mimic-cxr-2.0.0-*.csv(.gz) and files/
     missing: str = "error",
@@ -383,9 +394,11 @@ def read_mimic(
         text = folder.map(written).astype(_TEXT)
     frame = pd.DataFrame({"image_id": t.dicom_id, "patient_id": t.subject_id, "study_id": t.study_id, "split": split.replace("validate", "val"), "view": _lookup(t, "ViewPosition", _VIEW, "view"),
                           "width": _numbers(t, "Columns"), "height": _numbers(t, "Rows"), "text": text, "path": path})
-    return _release("mimic", root, t, keep, frame.join(labels), None, notes)
+    return _release("mimic", root, t.attrs["file"], keep, frame.join(labels), None, notes)
 
-# %% ../../nbs/11_sources.ipynb #13a027de
+# %% ../../nbs/11_sources.ipynb #9085e0e6
+_VINBIGDATA = ("Aortic_Enlargement", "Atelectasis", "Calcification", "Cardiomegaly", "Consolidation", "ILD", "Infiltration", "Lung_Opacity", "Nodule_Mass", "Other_Lesion", "Effusion", "Pleural_Thickening",
+               "Pneumothorax", "Fibrosis", "No_Finding")   # what the Kaggle release labels
 _ENOUGH = {"any": lambda share: share > 0, "majority": lambda share: share > .5, "all": lambda share: share == 1}
 
 def _vindr_tables(root: Path) -> list[tuple[str, pd.DataFrame, pd.DataFrame | None]]:
@@ -402,8 +415,8 @@ def _vindr_labels(t: pd.DataFrame, labels: pd.DataFrame | None, finding: pd.Seri
         t = t.assign(finding=finding)
         n = t.groupby("image_id", sort=False).rad_id.nunique()
         said = t.drop_duplicates(["image_id", "rad_id", "finding"]).groupby(["image_id", "finding"]).size().unstack(fill_value=0).reindex(n.index)
-        names = [f for f in vocabulary("vindr") if f in said]
-        return _ENOUGH[readers](said[names].div(n, axis=0)).astype(float)
+        names = [f for f in vocabulary("vindr") if f in said or f in _VINBIGDATA]
+        return _ENOUGH[readers](said.reindex(columns=names, fill_value=0).div(n, axis=0)).astype(float)
     own = [c for c in labels if c not in ("image_id", "rad_id")]
     for c in own: _require(labels, pd.Series(_numbers(labels, c, blank=False)).isin([0, 1]), c, "is none of 1 and 0")
     share = labels[own].astype(float).set_axis([canonical("vindr", c) for c in own], axis=1).groupby(labels.image_id, sort=False).mean()
@@ -442,9 +455,9 @@ def read_vindr(
         boxes = pd.DataFrame(np.nan, index=t.index, columns=BOX) if at.width.isna().all() else _boxes(t, ["x_min", "y_min", "x_max", "y_max"], at.width.fillna(np.inf).to_numpy(), at.height.fillna(np.inf).to_numpy(), corners=True)
         marks.append(pd.DataFrame({"image_id": t.image_id, "finding": finding, "reader": t["rad_id"] if "rad_id" in t else "consensus"}).join(boxes))
         frames.append(pd.DataFrame({"image_id": ids, "patient_id": ids, "split": split or None, "path": path}).join(size).join(y)); keeps.append(keep)
-    return _release("vindr", root, t, np.concatenate(keeps), pd.concat(frames, ignore_index=True), pd.concat(marks, ignore_index=True), notes)
+    return _release("vindr", root, str(root), np.concatenate(keeps), pd.concat(frames, ignore_index=True), pd.concat(marks, ignore_index=True), notes)
 
-# %% ../../nbs/11_sources.ipynb #311f6857
+# %% ../../nbs/11_sources.ipynb #cc2d685f
 _NO_FINDING_AT_ALL = {"unchanged", "exclude", "suboptimal study", ""}
 
 def read_padchest(
@@ -454,7 +467,7 @@ def read_padchest(
     "PadChest as released. Raises `FileNotFoundError` for missing files or images, `ValueError` with file, row and column for anything else."
     root, notes = Path(root), []
     t = _csv(_find(root, "PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv", "PADCHEST_chest_x_ray_images_labels_160K.csv", need="it is beside the image archives of the release"),
-             ("ImageID", "StudyDate_DICOM", "StudyID", "PatientID", "PatientBirth", "PatientSex_DICOM", "Projection", "Rows_DICOM", "Columns_DICOM", "Report", "Labels"), id="ImageID", na_values=["", "nan", "None"])
+             ("ImageID", "StudyDate_DICOM", "StudyID", "PatientID", "PatientBirth", "PatientSex_DICOM", "Projection", "Rows_DICOM", "Columns_DICOM", "Report", "Labels"), id="ImageID", only=True, na_values=["", "nan", "None"])
     others, ours = collections.Counter(), {}
     codes, lists = pd.factorize(t.Labels); times = np.bincount(codes[codes >= 0])
     for i, s in enumerate(lists):
@@ -472,7 +485,7 @@ def read_padchest(
     keep, path = _locate(t, t.ImageID, root, missing, (".png",), "name", "Unpack the image archives 0.zip to 54.zip under this folder", notes)
     frame = pd.DataFrame({"image_id": t.ImageID, "patient_id": t.PatientID, "study_id": t.StudyID, "view": _lookup(t, "Projection", _VIEW, "view"), "sex": _lookup(t, "PatientSex_DICOM", _SEX, "sex"),
                           "age": np.where(far, np.nan, age), "width": _numbers(t, "Columns_DICOM"), "height": _numbers(t, "Rows_DICOM"), "text": t.Report.str.strip(), "path": path})
-    return _release("padchest", root, t, keep, frame.join(y), None, notes)
+    return _release("padchest", root, t.attrs["file"], keep, frame.join(y), None, notes)
 
 # %% ../../nbs/11_sources.ipynb #6ed17136
 def _runs(rle: str, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -509,7 +522,7 @@ def rle_box(rle: str, width: int, height: int) -> tuple[float, float, float, flo
     y0, y1 = (0, height) if turns else ((a % height).min(), ((b - 1) % height).max() + 1)
     return a[0]//height/width, y0/height, ((b[-1] - 1)//height + 1)/width, y1/height
 
-# %% ../../nbs/11_sources.ipynb #07f7796d
+# %% ../../nbs/11_sources.ipynb #3293c4c1
 def read_siim(
     root: str | Path,        # folder with train-rle.csv and the DICOM files (or PNG of the same names) below it
     missing: str = "error",
@@ -533,9 +546,9 @@ def read_siim(
     known = _headers(root, path[keep], notes).reindex(one.index) if path.notna().any() and path.dropna().str.endswith(".dcm").all() else pd.DataFrame({"patient_id": pd.Series(np.nan, index=one.index, dtype=_TEXT)})
     if (n := int(known.patient_id.isna().sum())): notes.append(f"the patient of {n} images is not known (it is in the DICOM headers): each counts as one")
     frame = known.assign(patient_id=known.patient_id.fillna(one.ImageId), image_id=one.ImageId, width=1024, height=1024, path=path, Pneumothorax=present[first].to_numpy())
-    return _release("siim", root, one, keep, frame, marks.assign(mask=np.arange(len(marks))), notes, tuple(rle[drawn]))
+    return _release("siim", root, t.attrs["file"], keep, frame, marks.assign(mask=np.arange(len(marks))), notes, tuple(rle[drawn]))
 
-# %% ../../nbs/11_sources.ipynb #e039a75b
+# %% ../../nbs/11_sources.ipynb #8f8a58c2
 def read_rsna(
     root: str | Path,         # folder with stage_2_train_labels.csv, stage_2_detailed_class_info.csv and stage_2_train_images/
     missing: str = "error",
@@ -564,9 +577,9 @@ def read_rsna(
         frame = frame.join(known)
     elif path.notna().any() and path.dropna().str.endswith(".dcm").all(): frame = frame.join(_headers(root, path[keep], notes)[["age", "sex", "view"]])
     marks = pd.DataFrame({"image_id": t.patientId, "finding": "Lung_Opacity"}).join(boxes)[target == 1]
-    return _release("rsna", root, one, keep, frame.assign(path=path), marks, notes)
+    return _release("rsna", root, t.attrs["file"], keep, frame.assign(path=path), marks, notes)
 
-# %% ../../nbs/11_sources.ipynb #d18fb58d
+# %% ../../nbs/11_sources.ipynb #175cd5d8
 def _openi_reports(root: Path) -> list[tuple[str, ET.Element]]:
     if (root/"ecgen-radiology").is_dir(): texts = [(str(p), p.read_bytes()) for p in sorted((root/"ecgen-radiology").glob("*.xml"))]
     elif p := _find(root, "NLMCXR_reports.tgz"):
@@ -610,15 +623,15 @@ def read_openi(
     if unindexed.any(): notes.append(f"{unindexed.sum()} images belong to reports that were not indexed; their findings are not known")
     frame = t[["image_id", "patient_id", "text"]].assign(study_id=t.patient_id)
     if p := _find(root, "nlmcxr_dicom_metadata.csv"):
-        h = _csv(p, ("imageid", "Rows", "Columns", "View Position", "Patient's Birth Date", "Study Date"))
+        h = _csv(p, ("imageid", "Rows", "Columns", "View Position", "Patient's Birth Date", "Study Date"), only=True)
         days = (pd.to_datetime(h["Study Date"], format="%Y%m%d", errors="coerce") - pd.to_datetime(h["Patient's Birth Date"], format="%Y%m%d", errors="coerce")).dt.days
         same = lambda ids: ids.str.replace(r"^(CXR\d+)_\d+_(?=IM)", r"\1_", regex=True)   # the table leaves out a number that the reports have
         known = pd.DataFrame({"width": _numbers(h, "Columns"), "height": _numbers(h, "Rows"), "view": _lookup(h, "View Position", _VIEW, "view"), "age": np.floor(days/365.25)}).set_index(same(h.imageid))
         frame = frame.join(known[~known.index.duplicated()].reindex(same(t.image_id)).reset_index(drop=True))
     keep, path = _locate(t, t.image_id, root, missing, (".png", ".dcm"), "stem", "Unpack NLMCXR_png.tgz under this folder", notes)
-    return _release("openi", root, t, keep, frame.assign(path=path).join(y), None, notes)
+    return _release("openi", root, t.attrs["file"], keep, frame.assign(path=path).join(y), None, notes)
 
-# %% ../../nbs/11_sources.ipynb #3c173e10
+# %% ../../nbs/11_sources.ipynb #2f06b59b
 def read_folder(
     root: str | Path,                         # folder of the images and the table
     missing: str = "error",
@@ -641,7 +654,7 @@ def read_folder(
         frame[c] = _numbers(t, c)
         _require(t, frame[c].isna() | frame[c].isin([0, 1]), c, "is no value of a finding; it is 1, 0 or blank")
     keep, path = _locate(t, t.image, root, missing, (".png", ".jpg", ".jpeg", ".dcm", ".dicom"), "path", f"Paths in the column `image` of {csv} are relative to this folder", notes)
-    r = _release("folder", root, t, keep, frame.assign(path=path), None, notes)
+    r = _release("folder", root, t.attrs["file"], keep, frame.assign(path=path), None, notes)
     return Release(r.manifest.assign(source=pd.array([source]*len(r.manifest), dtype=_TEXT)), r.annotations, root, "folder", notes)
 
 # %% ../../nbs/11_sources.ipynb #a886ec45
