@@ -152,7 +152,7 @@ def split_by_patient(
     chosen |= dict.fromkeys(train[:round(val_of_train*len(train))], "val")
     return manifest.assign(split=key.map(chosen).astype(_TEXT))
 
-# %% ../../nbs/11_sources.ipynb #438c2c55
+# %% ../../nbs/11_sources.ipynb #3c53e3a6
 @dataclass
 class Release:
     "What a reader makes of a published collection."
@@ -190,10 +190,11 @@ def _csv(path: Path, need: tuple[str, ...] = (), id: str = "", rename: dict[str,
 def _require(t: pd.DataFrame, ok, column: str, why: str) -> None:
     "Raises `ValueError` with file, row and column of the first row that is not ok."
     if len(bad := np.flatnonzero(~np.asarray(ok, bool))):
+        who, what = ("blank" if pd.isna(v := t[c].iloc[bad[0]]) else v for c in (t.attrs["id"], column))
         more = f" (and {len(bad) - 1} more rows)" if len(bad) > 1 else ""
-        raise ValueError(f"{t.attrs['file']}: row {bad[0] + 1} ({t[t.attrs['id']].iloc[bad[0]]}), column `{column}`: {t[column].iloc[bad[0]]!r} {why}{more}")
+        raise ValueError(f"{t.attrs['file']}: row {bad[0] + 1} ({who}), column `{column}`: {what!r} {why}{'' if ';' in why else '; correct the row, or take the table as released'}{more}")
 
-# %% ../../nbs/11_sources.ipynb #1143dccd
+# %% ../../nbs/11_sources.ipynb #4a9021ea
 _SEX = {"M": "M", "Male": "M", "F": "F", "Female": "F", "O": None, "Unknown": None}
 _VIEW = {"PA": "PA", "POSTEROANTERIOR": "PA", "AP": "AP", "ANTEROPOSTERIOR": "AP", "AP_horizontal": "AP", "LATERAL": "LATERAL", "L": "LATERAL", "LL": "LATERAL", "RL": "LATERAL", "LARGE LATERAL": "LATERAL",
          **dict.fromkeys(("AP AXIAL", "AP LLD", "AP RLD", "PA LLD", "PA RLD", "LAO", "LPO", "RAO", "RPO", "LLD", "XTABLE LATERAL", "SWIMMERS", "OBLICUA", "GENERICA", "COSTAL", "EXCLUDE", "UNK"))}
@@ -222,7 +223,7 @@ def _multi_hot(t: pd.DataFrame, column: str, source: str, split) -> pd.DataFrame
     "One column a finding from a column that lists labels; each different list is parsed once."
     names = vocabulary(source)
     codes, lists = pd.factorize(t[column])
-    _require(t, codes >= 0, column, "is missing; an image without findings says so in words")
+    _require(t, codes >= 0, column, "is no label; an image without findings says so in words")
     rows = np.zeros((len(lists), len(names)))
     for i, labels in enumerate(lists):
         try: rows[i, [names.index(canonical(source, x)) for x in split(labels)]] = 1
@@ -401,7 +402,7 @@ def read_mimic(
                           "width": _numbers(t, "Columns"), "height": _numbers(t, "Rows"), "text": text, "path": path})
     return _release("mimic", root, t.attrs["file"], keep, frame.join(labels), None, notes)
 
-# %% ../../nbs/11_sources.ipynb #e989131c
+# %% ../../nbs/11_sources.ipynb #d44af667
 _VINBIGDATA = ("Aortic_Enlargement", "Atelectasis", "Calcification", "Cardiomegaly", "Consolidation", "ILD", "Infiltration", "Lung_Opacity", "Nodule_Mass", "Other_Lesion", "Effusion", "Pleural_Thickening",
                "Pneumothorax", "Fibrosis", "No_Finding")   # what the Kaggle release labels
 _ENOUGH = {"any": lambda share: share > 0, "majority": lambda share: share > .5, "all": lambda share: share == 1}
@@ -427,6 +428,7 @@ def _vindr_labels(t: pd.DataFrame, labels: pd.DataFrame | None, finding: pd.Seri
     share = labels[own].astype(float).set_axis([canonical("vindr", c) for c in own], axis=1).groupby(labels.image_id, sort=False).mean()
     return _ENOUGH[readers](share).astype(float)
 
+# %% ../../nbs/11_sources.ipynb #1e784972
 def _vindr_size(root: Path, t: pd.DataFrame, path: pd.Series, notes: list[str]) -> pd.DataFrame:
     "width, height and what else is known, one row an image (index image_id)."
     if {"width", "height"} <= set(t): return pd.DataFrame({c: _numbers(t, c) for c in ("width", "height")}).groupby(t.image_id, sort=False).first()
@@ -527,7 +529,7 @@ def rle_box(rle: str, width: int, height: int) -> tuple[float, float, float, flo
     y0, y1 = (0, height) if turns else ((a % height).min(), ((b - 1) % height).max() + 1)
     return a[0]//height/width, y0/height, ((b[-1] - 1)//height + 1)/width, y1/height
 
-# %% ../../nbs/11_sources.ipynb #5f537c18
+# %% ../../nbs/11_sources.ipynb #70103967
 def read_siim(
     root: str | Path,        # folder with train-rle.csv and the DICOM files (or PNG of the same names) below it
     missing: str = "error",
@@ -535,7 +537,7 @@ def read_siim(
     "SIIM-ACR Pneumothorax as released, 1024 x 1024. Raises `FileNotFoundError` for missing files or images, `ValueError` with file, row and column for anything else."
     root, notes = Path(root), []
     t = _csv(_find(root, "train-rle.csv", "stage_2_train.csv", "siim-pneumothorax-train-rle.csv", need="it is on the page of the challenge, beside the images"), ("ImageId", "EncodedPixels"))
-    _require(t, t.EncodedPixels.notna(), "EncodedPixels", "is missing; -1 says that there is no mask")
+    _require(t, t.EncodedPixels.notna(), "EncodedPixels", "is no mask; -1 says that there is no mask")
     rle = t.EncodedPixels.str.strip(); drawn = (rle != "-1").to_numpy()
     boxes = np.full((len(t), 4), np.nan)
     for i in np.flatnonzero(drawn):
@@ -583,7 +585,7 @@ def read_rsna(
     marks = pd.DataFrame({"image_id": t.patientId, "finding": "Lung_Opacity"}).join(boxes)[target == 1]
     return _release("rsna", root, t.attrs["file"], keep, frame.assign(path=path), marks, notes)
 
-# %% ../../nbs/11_sources.ipynb #175cd5d8
+# %% ../../nbs/11_sources.ipynb #f48c0f31
 def _openi_reports(root: Path) -> list[tuple[str, ET.Element]]:
     if (root/"ecgen-radiology").is_dir(): texts = [(str(p), p.read_bytes()) for p in sorted((root/"ecgen-radiology").glob("*.xml"))]
     elif p := _find(root, "NLMCXR_reports.tgz"):
@@ -609,6 +611,7 @@ def _openi_rows(reports: list[tuple[str, ET.Element]], others: collections.Count
                   "headings": None if not found or "No Indexing" in found else "|".join(sorted(known))} for i in r.iter("parentImage")]
     return rows
 
+# %% ../../nbs/11_sources.ipynb #1e39db32
 def read_openi(
     root: str | Path,         # folder with ecgen-radiology/ (or NLMCXR_reports.tgz) and the PNG images below it
     missing: str = "error",
@@ -635,7 +638,7 @@ def read_openi(
     keep, path = _locate(t, t.image_id, root, missing, (".png", ".dcm"), "stem", "Unpack NLMCXR_png.tgz under this folder", notes)
     return _release("openi", root, t.attrs["file"], keep, frame.assign(path=path).join(y), None, notes)
 
-# %% ../../nbs/11_sources.ipynb #2f06b59b
+# %% ../../nbs/11_sources.ipynb #c203dbf2
 def read_folder(
     root: str | Path,                         # folder of the images and the table
     missing: str = "error",
@@ -648,7 +651,7 @@ def read_folder(
     if not (root/csv).is_file(): raise FileNotFoundError(f"{root/csv}: there is no such table; name it with the option csv")
     t = _csv(root/csv, ("image",), rename=columns)
     if lost := [a for a, b in (columns or {}).items() if b not in t]: raise ValueError(f"{root/csv}: there is no column `{lost[0]}`; it has: {', '.join(t)}")
-    _require(t, t.image.notna(), "image", "is missing; each row names an image")
+    _require(t, t.image.notna(), "image", "is no path; each row names an image")
     frame = pd.DataFrame({c: t[c] for c in t if c in META and c != "path"}).assign(image_id=t["image_id"] if "image_id" in t else t.image)
     if "patient_id" not in t: notes.append("there is no column patient_id: each image counts as a patient of its own"); frame["patient_id"] = frame.image_id
     for c, f in (("view", lambda c: _lookup(t, c, _VIEW, "view")), ("sex", lambda c: _lookup(t, c, _SEX, "sex")), ("age", lambda c: _age(t, c, notes)), *((c, lambda c: _numbers(t, c)) for c in ("followup", "width", "height", "seed"))):
