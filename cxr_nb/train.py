@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['TrainingModel', 'Batches', 'State', 'Callback', 'read_log', 'latest_checkpoint', 'load_weights', 'evaluating',
-           'SampleGrid', 'Validate', 'Plateau', 'plot_log', 'Progress', 'History', 'fit']
+           'SampleGrid', 'Validate', 'Plateau', 'plot_log', 'Progress', 'processes', 'History', 'fit', 'launch', 'main']
 
-# %% ../nbs/01_train.ipynb #bb0c3add
-import argparse, contextlib, ctypes, hashlib, importlib, json, os, shutil, signal, socket, subprocess, sys, time
+# %% ../nbs/01_train.ipynb #3036546c
+import argparse, contextlib, ctypes, hashlib, importlib, json, os, shutil, signal, subprocess, sys, time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +21,7 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -344,7 +345,14 @@ class Progress(Callback):
         self.bar.close()
         if self.handle is not None: self.draw(s)
 
-# %% ../nbs/01_train.ipynb #015538b2
+# %% ../nbs/01_train.ipynb #42299977
+def processes() -> PartialState:  # its `process_index`, `num_processes`, `device`, `is_main_process`
+    "The processes of this run, as `torch.distributed.run` started them; alone, one. Raises `RuntimeError` where they did not find each other."
+    p = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+    if "LOCAL_RANK" in os.environ and p.num_processes != int(os.environ["WORLD_SIZE"]):
+        raise RuntimeError(f"this process was started as one of {os.environ['WORLD_SIZE']}, but sees {p.num_processes}: start the training from a fresh kernel")
+    return p
+
 @dataclass
 class History:
     "What a fit leaves. Model and average are in evaluation mode."
@@ -378,7 +386,7 @@ def _state(model, batches, out, steps, optimizers, ema, clip, precision, schedul
                  None if ema is None else AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema)), torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
                  {k: [p for g in o.param_groups for p in g["params"] if p.requires_grad] for k, o in optimizers.items()}, types[precision], clip, schedule, batches.rank, batches.world)
 
-# %% ../nbs/01_train.ipynb #f0d919a6
+# %% ../nbs/01_train.ipynb #129bf811
 def fit(
     model: nn.Module,              # a `TrainingModel`; trained in place
     data,                          # has `__len__` and `__getitems__(positions) -> dict of tensors`
@@ -396,17 +404,19 @@ def fit(
     checkpoint_every: int = 1000,  # steps; there is always one at the end
     keep: int = 2,                 # how many checkpoints stay
     log_every: int = 1,            # steps
+    epoch_steps: int = 0,          # steps that count as an epoch in log and callbacks; 0: a pass over the data
     callbacks: Sequence[Callback] = (),
     device: str | torch.device | None = None,  # None: this process's accelerator, else the CPU
     config: dict[str, Any] | None = None,      # further settings that a resumed run must share, e.g. the hash of the set
     progress: bool = True,         # whether to show a bar
 ) -> History:
     "Trains a model. Raises `ValueError` for sizes that do not fit or a folder of another fit, `FloatingPointError` for a loss that is not finite, `OSError` where a checkpoint cannot be written."
-    p, start = PartialState(), time.perf_counter()
+    p, start = processes(), time.perf_counter()
     device = torch.device(device) if device is not None else p.device
     batches = Batches(data, batch_size, seed, accumulate, p.process_index, p.num_processes)
     s = _state(model, batches, out, steps, optimizers, ema, clip, precision, schedule, device, config)
     callbacks = [*callbacks, *([Progress()] if progress else [])]
+    s.per_epoch = epoch_steps or s.per_epoch
     s.out.mkdir(parents=True, exist_ok=True)
     _restore(s, callbacks)
     resumed = s.step
@@ -433,3 +443,56 @@ def _loop(s: State, batches: Batches, callbacks: Sequence[Callback], checkpoint_
         s.step += 1
         if s.step % checkpoint_every == 0 or s.step == s.steps: _save(s, callbacks, keep)
         elif len(s.pending) >= 50 if s.world > 1 else time.monotonic() > read + 1: _flush(s); read = time.monotonic()
+
+# %% ../nbs/01_train.ipynb #67db0d36
+def _die_with_parent(sig: int) -> None:
+    if sys.platform == "linux": ctypes.CDLL(None).prctl(1, sig)  # PR_SET_PDEATHSIG
+
+def _rendezvous(nodes: int, node: int | None) -> list[str]:
+    if nodes == 1: return ["--standalone"]
+    e = os.environ
+    node = int(e["SLURM_NODEID"]) if node is None else node
+    head = e.get("MASTER_ADDR") or subprocess.run(["scontrol", "show", "hostnames", e["SLURM_JOB_NODELIST"]], capture_output=True, text=True, check=True).stdout.split()[0]
+    port = e.get("MASTER_PORT") or str(29500 + int(e.get("SLURM_JOB_ID", 0)) % 1000)
+    return [f"--nnodes={nodes}", f"--node_rank={node}", f"--master_addr={head}", f"--master_port={port}"]
+
+def launch(
+    fn: Callable[[dict], Any],  # a function of an importable module; takes the configuration
+    config: dict[str, Any],     # JSON-able
+    *,
+    out: str | Path,            # run folder, on a file system that all nodes see; `config.json` goes there
+    processes: int = 1,         # on each node
+    nodes: int | None = None,   # None: those of the SLURM step, else 1
+    node: int | None = None,    # this node, from 0; None: SLURM's number
+    cpu: bool = False,          # stay on the CPU where there is a GPU
+) -> Any:                       # what the function returns with one process, else None
+    "Runs a training function on one or many processes. Raises `ValueError` for a function that other processes cannot import, `RuntimeError` with the last lines where a process fails."
+    nodes = int(os.environ.get("SLURM_STEP_NUM_NODES", 1)) if nodes is None else nodes
+    if processes*nodes == 1: return fn(json.loads(json.dumps(config)))
+    if fn.__module__ == "__main__" or "<" in fn.__qualname__: raise ValueError(f"{fn.__qualname__} is defined in this notebook or inside a function, where other processes cannot import it: move it to a module")
+    if not cpu and 0 < torch.cuda.device_count() < processes: raise ValueError(f"{processes} processes were asked for, but this node has {torch.cuda.device_count()} GPUs: ask for that many, or cpu=True")
+    write_json(Path(out)/"config.json", config)
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", *_rendezvous(nodes, node),
+               "-m", "cxr_nb.train", "--entry", f"{fn.__module__}:{fn.__qualname__}", "--config", str(Path(out).resolve()/"config.json")]
+    env = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads()//processes))} | os.environ | {"PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)} | ({"ACCELERATE_USE_CPU": "true"} if cpu else {})
+    tail = deque(maxlen=60)
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", preexec_fn=lambda: _die_with_parent(signal.SIGTERM)) as p:
+        try:
+            for line in p.stdout: tail.append(line); sys.stdout.write(line)
+        except BaseException: p.terminate(); raise
+    if p.returncode: raise RuntimeError(f"{processes} processes of {fn.__module__}:{fn.__qualname__} ended with code {p.returncode}; their last lines:\n{''.join(tail)}")
+
+# %% ../nbs/01_train.ipynb #f939fb2d
+def main(argv: list[str] | None = None) -> None:
+    "What each process of `launch` runs."
+    parser = argparse.ArgumentParser(prog="cxr_nb.train", description="Runs MODULE:FUNCTION on a configuration; started by cxr_nb.train.launch.")
+    parser.add_argument("--entry", required=True, help="MODULE:FUNCTION")
+    parser.add_argument("--config", required=True, help="JSON file")
+    a = parser.parse_args(argv)
+    _die_with_parent(signal.SIGKILL)
+    processes()
+    module, name = a.entry.split(":")
+    getattr(importlib.import_module(module), name)(json.loads(Path(a.config).read_text()))
+    if dist.is_initialized(): dist.destroy_process_group()
+
+if __name__ == "__main__" and "__file__" in globals(): main()
