@@ -136,7 +136,7 @@ def package_versions() -> dict[str, str]:
     have = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions() if d.metadata["Name"]}
     return {"python": platform.python_version()} | {p: have[p] for p in _PACKAGES if p in have}
 
-# %% ../nbs/00_core.ipynb #7d5caf6c
+# %% ../nbs/00_core.ipynb #b05b6a62
 class Run:
     "The record of one run of a stage: parameters, environment, inputs, metrics, tables and figures, written to `run.json` by `finish`."
     def __init__(self,
@@ -165,7 +165,7 @@ class Run:
     ) -> None:
         "Records a number. Raises `ValueError` where neither an interval nor exactness is stated, or where it is not finite."
         if (interval is None) != (how == "exact"): raise ValueError(f"metric {name}: give an interval and its method, or neither (then it is exact)")
-        if not np.isfinite([value, *(interval or ())]).all(): raise ValueError(f"metric {name} of {group or self.stage} is not finite: {value}, interval {interval}; leave it out and say why in the text")
+        if not np.isfinite([value, *(() if interval is None else interval)]).all(): raise ValueError(f"metric {name} of {group or self.stage} is not finite: {value}, interval {interval}; leave it out and say why in the text")
         if (published is None) != (source == ""): raise ValueError(f"metric {name}: a published value and its source go together")
         self.metrics.append(dict(name=name, group=group, value=float(value), lo=None if interval is None else float(interval[0]),
                                  hi=None if interval is None else float(interval[1]), how=how, n=int(n), published=published, source=source))
