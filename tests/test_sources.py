@@ -98,6 +98,7 @@ BAD = {  # fact: (source, file, what it holds instead | (old, new) | None for no
     "SIIM: a run length is no number": ("siim", S, ("1019 5", "1019 x"), [S, "row 2 (u2)", "whole numbers"]),
     "SIIM: an image has a mask and none": ("siim", S, ("u1, -1", "u2, -1"), [S, "row 1 (u2)", "no mask, but another row"]),
     "RSNA: the target has no box": ("rsna", R, ("u1,,,,,0", "u1,,,,,1"), [R, "row 1 (u1)", "`Target`", "does not agree with the box"]),
+    "RSNA: a DICOM file is none": ("rsna", "images/u1.png,images/u2.png,images/u1.dcm,images/u2.dcm", [None, None, b"x"*200, b"x"*200], ["u1.dcm", "is not a DICOM file", "download it again"]),
     "RSNA: an image has no class": ("rsna", "stage_2_detailed_class_info.csv", ("u2", "u9"), [R, "row 2 (u2)", "is not in stage_2_detailed_class_info.csv"]),
     "OpenI: a report is cut off": ("openi", "ecgen-radiology/1.xml", "<eCitation><uId", ["1.xml", "not XML", "download it again"]),
     "a folder's finding is a half": ("folder", "labels.csv", ("PA,1", "PA,0.5"), ["labels.csv", "row 1 (1.png)", "`Mass`", "is no value of a finding"]),
@@ -127,6 +128,12 @@ def test_sizes_and_boxes_of_nih_are_in_the_frame_of_the_original_whatever_lies_o
     r = read_source("nih", put(tmp_path, NIH))
     np.testing.assert_allclose(r.annotations[BOX].to_numpy(float)[0], np.array([100.5, 200, 150.5, 260])/1024)
     assert r.manifest.width.tolist() == [2682, 2500, 2500]
+
+
+def test_every_spelling_of_the_nih_header_is_read(tmp_path):
+    other = NIH[N].replace("Patient Gender", "Patient Sex").replace("OriginalImage[Width,Height]", "OriginalImageWidth,OriginalImageHeight").replace("[x,y]\n", "[x,y],\n").replace("0.143\n", "0.143,\n").replace("0.168\n", "0.168,\n")
+    new, old = read_source("nih", put(tmp_path/"new", NIH | {N: other})).manifest, read_source("nih", put(tmp_path/"old", NIH)).manifest
+    pd.testing.assert_frame_equal(new, old)
 
 
 def test_images_that_are_dropped_take_their_boxes_with_them(tmp_path):

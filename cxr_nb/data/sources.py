@@ -428,7 +428,7 @@ def _vindr_labels(t: pd.DataFrame, labels: pd.DataFrame | None, finding: pd.Seri
     share = labels[own].astype(float).set_axis([canonical("vindr", c) for c in own], axis=1).groupby(labels.image_id, sort=False).mean()
     return _ENOUGH[readers](share).astype(float)
 
-# %% ../../nbs/11_sources.ipynb #1e784972
+# %% ../../nbs/11_sources.ipynb #04ec165b
 def _vindr_size(root: Path, t: pd.DataFrame, path: pd.Series, notes: list[str]) -> pd.DataFrame:
     "width, height and what else is known, one row an image (index image_id)."
     if {"width", "height"} <= set(t): return pd.DataFrame({c: _numbers(t, c) for c in ("width", "height")}).groupby(t.image_id, sort=False).first()
@@ -460,6 +460,7 @@ def read_vindr(
         size = _vindr_size(root, t, path, notes)
         at = size.reindex(t.image_id)
         boxes = pd.DataFrame(np.nan, index=t.index, columns=BOX) if at.width.isna().all() else _boxes(t, ["x_min", "y_min", "x_max", "y_max"], at.width.fillna(np.inf).to_numpy(), at.height.fillna(np.inf).to_numpy(), corners=True)
+        boxes[at.width.isna().to_numpy()] = np.nan
         marks.append(pd.DataFrame({"image_id": t.image_id, "finding": finding, "reader": t["rad_id"] if "rad_id" in t else "consensus"}).join(boxes))
         frames.append(pd.DataFrame({"image_id": ids, "patient_id": ids, "split": split or None, "path": path}).join(size).join(y)); keeps.append(keep)
     return _release("vindr", root, str(root), np.concatenate(keeps), pd.concat(frames, ignore_index=True), pd.concat(marks, ignore_index=True), notes)
