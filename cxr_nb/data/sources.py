@@ -23,7 +23,7 @@ import pydicom
 from ..core import rng
 from .labels import VOCABULARIES, canonical, uncertain, vocabulary
 
-# %% ../../nbs/11_sources.ipynb #c7b86062
+# %% ../../nbs/11_sources.ipynb #34120965
 _TEXT, _INT = pd.StringDtype(na_value=np.nan), pd.Int64Dtype()
 
 def _column(dtype, *checks, nullable=True, unique=False):
@@ -41,6 +41,7 @@ def _one_of(*values):
     return pa.Check(lambda s: pd.Series(_spread(s, lambda v: v in values or pd.isna(v)), index=s.index, dtype=bool), error=f"is none of {', '.join(map(str, values))}")
 _filled = pa.Check.str_length(min_value=1, error="is empty")
 
+# %% ../../nbs/11_sources.ipynb #6e257fb6
 MANIFEST = pa.DataFrameSchema({
     "image_id": _column(_TEXT, _filled, nullable=False, unique=True), "patient_id": _column(_TEXT, _filled, nullable=False), "study_id": _column(_TEXT, _filled, nullable=False),
     "source": _column(_TEXT, _filled, nullable=False), "origin": _column(_TEXT, _one_of("real", "simulated", "synthetic"), nullable=False),
@@ -50,6 +51,7 @@ MANIFEST = pa.DataFrameSchema({
     "text": _column(_TEXT), "generator": _column(_TEXT), "seed": _column(_INT), "parent": _column(_TEXT), "path": _column(_TEXT)})
 META: tuple[str, ...] = tuple(MANIFEST.columns)
 
+# %% ../../nbs/11_sources.ipynb #cceba7f6
 _fraction = pa.Check.in_range(0, 1, error="is outside the image (boxes are fractions of it, 0 to 1)")
 ANNOTATIONS = pa.DataFrameSchema({
     "image_id": _column(_TEXT, nullable=False), "kind": _column(_TEXT, _one_of("finding", "anatomy"), nullable=False), "finding": _column(_TEXT, _filled, nullable=False),
@@ -62,7 +64,7 @@ def findings_of(manifest: pd.DataFrame) -> list[str]:
     "Names of the finding columns of a manifest."
     return [c for c in manifest if c not in META]
 
-# %% ../../nbs/11_sources.ipynb #dfe7091e
+# %% ../../nbs/11_sources.ipynb #2a9c50ab
 def _shaped(frame: pd.DataFrame, schema: pa.DataFrameSchema, constants: dict, what: str) -> pd.DataFrame:
     have = frame.assign(**constants)
     cols = {}
@@ -81,6 +83,7 @@ def as_manifest(
     have = {**{c: frame[c] for c in frame}, **constants}
     return _shaped(frame, MANIFEST, {"origin": have.get("origin", "real"), "study_id": have.get("study_id", have["image_id"]), **constants}, "manifest")
 
+# %% ../../nbs/11_sources.ipynb #ef75a4b8
 def as_annotations(
     frame: pd.DataFrame | None = None,  # at least image_id and finding; None: no statements
     **constants,                        # columns with one value for all rows
@@ -89,7 +92,7 @@ def as_annotations(
     if frame is None: frame = pd.DataFrame({"image_id": [], "finding": []})
     return _shaped(frame, ANNOTATIONS, {c: constants.get(c, frame[c] if c in frame else d) for c, d in (("kind", "finding"), ("value", 1.))} | constants, "annotations")[list(ANNOTATION)]
 
-# %% ../../nbs/11_sources.ipynb #a5b2d855
+# %% ../../nbs/11_sources.ipynb #b36cedbc
 def _sentence(e: pa.errors.SchemaError, frame: pd.DataFrame, file: str) -> str:
     reason = e.reason_code.name
     if reason == "COLUMN_NOT_IN_DATAFRAME": return f"{file}: there is no column `{e.failure_cases['failure_case'].iloc[0]}`; build the table with as_manifest or as_annotations"
@@ -101,6 +104,7 @@ def _sentence(e: pa.errors.SchemaError, frame: pd.DataFrame, file: str) -> str:
     more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
     return f"{file}: row {frame.index.get_loc(i) + 1} ({frame['image_id'].loc[i]}), column `{column}`: {frame[column].loc[i]!r} {why}{more}"
 
+# %% ../../nbs/11_sources.ipynb #a366aa90
 def validate(
     manifest: pd.DataFrame,
     annotations: pd.DataFrame | None = None,
@@ -124,7 +128,7 @@ def validate(
     refuse(known.any(1) & ~known.all(1), "x0 y0 x1 y1", "a box needs all four numbers or none")
     refuse(known.all(1) & ~((box[:, 2] > box[:, 0]) & (box[:, 3] > box[:, 1])), "x0 y0 x1 y1", "the box has no area; x0 < x1 and y0 < y1")
 
-# %% ../../nbs/11_sources.ipynb #97e7305e
+# %% ../../nbs/11_sources.ipynb #fdd9ca4c
 def check_patients(manifest: pd.DataFrame, file: str = "manifest") -> None:
     "Raises `ValueError` where a patient is in two splits."
     p = manifest.loc[manifest.split.notna(), ["source", "patient_id", "split"]].drop_duplicates()
@@ -133,6 +137,7 @@ def check_patients(manifest: pd.DataFrame, file: str = "manifest") -> None:
         who = twice.iloc[0]; where = " and ".join(twice.split[(twice.source == who.source) & (twice.patient_id == who.patient_id)])
         raise ValueError(f"{file}: patient {who.patient_id} is in {where} ({twice.drop_duplicates(['source', 'patient_id']).shape[0]} such patients); give every patient one split")
 
+# %% ../../nbs/11_sources.ipynb #fc32a821
 def split_by_patient(
     manifest: pd.DataFrame,
     fractions: dict[str, float] = {"train": .7, "val": .1, "test": .2},  # shares of the patients without a split; they sum to 1
@@ -152,7 +157,7 @@ def split_by_patient(
     chosen |= dict.fromkeys(train[:round(val_of_train*len(train))], "val")
     return manifest.assign(split=key.map(chosen).astype(_TEXT))
 
-# %% ../../nbs/11_sources.ipynb #3c53e3a6
+# %% ../../nbs/11_sources.ipynb #9ff32c76
 @dataclass
 class Release:
     "What a reader makes of a published collection."
@@ -163,6 +168,7 @@ class Release:
     notes: list[str] = field(default_factory=list) # what was decided or left out, one sentence each
     masks: tuple[str, ...] = ()                    # run lengths of the masks that `annotations.mask` numbers (SIIM), 1024 x 1024; see `decode_rle`
 
+# %% ../../nbs/11_sources.ipynb #e0ebef8c
 def _find(root: Path, *names: str, need: str = "") -> Path | None:
     "The first of `names` in `root`, plain or compressed; without `need`, None where there is none."
     for n in names:
@@ -187,6 +193,7 @@ def _csv(path: Path, need: tuple[str, ...] = (), id: str = "", rename: dict[str,
     t.attrs = {"file": str(path), "id": id or t.columns[0]}
     return t
 
+# %% ../../nbs/11_sources.ipynb #ab8915d7
 def _require(t: pd.DataFrame, ok, column: str, why: str) -> None:
     "Raises `ValueError` with file, row and column of the first row that is not ok."
     if len(bad := np.flatnonzero(~np.asarray(ok, bool))):
@@ -194,7 +201,7 @@ def _require(t: pd.DataFrame, ok, column: str, why: str) -> None:
         more = f" (and {len(bad) - 1} more rows)" if len(bad) > 1 else ""
         raise ValueError(f"{t.attrs['file']}: row {bad[0] + 1} ({who}), column `{column}`: {what!r} {why}{'' if ';' in why else '; correct the row, or take the table as released'}{more}")
 
-# %% ../../nbs/11_sources.ipynb #4a9021ea
+# %% ../../nbs/11_sources.ipynb #11c68251
 _SEX = {"M": "M", "Male": "M", "F": "F", "Female": "F", "O": None, "Unknown": None}
 _VIEW = {"PA": "PA", "POSTEROANTERIOR": "PA", "AP": "AP", "ANTEROPOSTERIOR": "AP", "AP_horizontal": "AP", "LATERAL": "LATERAL", "L": "LATERAL", "LL": "LATERAL", "RL": "LATERAL", "LARGE LATERAL": "LATERAL",
          **dict.fromkeys(("AP AXIAL", "AP LLD", "AP RLD", "PA LLD", "PA RLD", "LAO", "LPO", "RAO", "RPO", "LLD", "XTABLE LATERAL", "SWIMMERS", "OBLICUA", "GENERICA", "COSTAL", "EXCLUDE", "UNK"))}
@@ -203,6 +210,7 @@ def _lookup(t: pd.DataFrame, column: str, table: dict, what: str) -> pd.Series:
     _require(t, _spread(t[column], lambda v: pd.isna(v) or v in table), column, f"is no {what} that is known; known are {', '.join(table)}")
     return pd.Series(_spread(t[column], lambda v: np.nan if pd.isna(v) else table[v] or np.nan), index=t.index, dtype=_TEXT)
 
+# %% ../../nbs/11_sources.ipynb #7ada984a
 def _numbers(t: pd.DataFrame, column: str, blank: bool = True) -> np.ndarray:
     codes, values = pd.factorize(t[column])
     v = np.append(pd.to_numeric(pd.Series(values, dtype=object), errors="coerce").to_numpy(float), np.nan)[codes]
@@ -219,6 +227,7 @@ def _age(t: pd.DataFrame, column: str, notes: list[str]) -> pd.Series:
     if (far := age > 120).any(): notes.append(f"{far.sum()} ages above 120 years are taken as not known (the first: {t[column][far].iloc[0]})")
     return age.mask(far)
 
+# %% ../../nbs/11_sources.ipynb #98fe1dd9
 def _multi_hot(t: pd.DataFrame, column: str, source: str, split) -> pd.DataFrame:
     "One column a finding from a column that lists labels; each different list is parsed once."
     names = vocabulary(source)
@@ -230,7 +239,7 @@ def _multi_hot(t: pd.DataFrame, column: str, source: str, split) -> pd.DataFrame
         except ValueError as e: _require(t, codes != i, column, f"cannot be read: {e}")
     return pd.DataFrame(rows[codes], columns=names)
 
-# %% ../../nbs/11_sources.ipynb #ebf6dcb2
+# %% ../../nbs/11_sources.ipynb #900d8315
 def _files(root: Path, suffixes: tuple[str, ...], by: str = "path") -> dict[str, str]:  # path, name or stem -> path relative to root
     found = {}
     for d, _, names in os.walk(root):
@@ -243,6 +252,7 @@ def _files(root: Path, suffixes: tuple[str, ...], by: str = "path") -> dict[str,
                 found[key] = path
     return found
 
+# %% ../../nbs/11_sources.ipynb #64ce8f08
 def _locate(t: pd.DataFrame, keys: pd.Series, root: Path, missing: str, suffixes: tuple[str, ...], by: str, remedy: str, notes: list[str]) -> tuple[np.ndarray, pd.Series]:
     "Which rows to keep, and their paths."
     if missing not in ("error", "drop", "metadata"): raise ValueError(f"missing is one of error, drop, metadata, not {missing!r}")
@@ -255,6 +265,7 @@ def _locate(t: pd.DataFrame, keys: pd.Series, root: Path, missing: str, suffixes
     if gone.any(): notes.append(f"{gone.sum()} of {len(keys)} images are not on disk and were dropped")
     return ~gone.to_numpy(), path
 
+# %% ../../nbs/11_sources.ipynb #16f1a3cb
 def _release(name: str, root: Path, file: str, keep, frame: pd.DataFrame, annotations: pd.DataFrame | None, notes: list[str], masks: tuple[str, ...] = ()) -> Release:
     "Validates what a reader has made of `file`, then drops the rows that are not kept."
     m, a = as_manifest(frame, source=name), as_annotations(annotations)
@@ -262,6 +273,7 @@ def _release(name: str, root: Path, file: str, keep, frame: pd.DataFrame, annota
     m = m[np.asarray(keep, bool)].reset_index(drop=True)
     return Release(m, a[_among(a.image_id, m.image_id)].reset_index(drop=True), root, name, notes, masks)
 
+# %% ../../nbs/11_sources.ipynb #bd5fe867
 def _boxes(t: pd.DataFrame, columns: list[str], width, height, corners: bool = False) -> pd.DataFrame:
     "Boxes of pixels (x y w h, or with `corners` x0 y0 x1 y1) as fractions; a row without numbers has no box."
     x, y, a, b = (_numbers(t, c) for c in columns)
@@ -287,27 +299,31 @@ def _headers(root: Path, paths: pd.Series, notes: list[str]) -> pd.DataFrame:
     return pd.DataFrame({"patient_id": t.patient_id, "sex": _lookup(t, "sex", _SEX, "sex"), "age": _age(t, "age", notes), "view": _lookup(t, "view", _VIEW, "view"),
                          "width": _numbers(t, "width"), "height": _numbers(t, "height")}).set_axis(paths.index)
 
-# %% ../../nbs/11_sources.ipynb #4acb69f0
+# %% ../../nbs/11_sources.ipynb #ed16c366
 _NIH = ("Image Index", "Finding Labels", "Follow-up #", "Patient ID", "Patient Age", "Patient Gender", "View Position", "OriginalImage[Width", "Height]")
 
 def _nih_table(path: Path, notes: list[str], need: tuple[str, ...] = ()) -> tuple[pd.DataFrame, pd.DataFrame]:
     t = _csv(path, (*_NIH, *need), rename={"Patient Sex": "Patient Gender", "OriginalImageWidth": "OriginalImage[Width", "OriginalImageHeight": "Height]"}, index_col=False)
     visit = _numbers(t, "Follow-up #", blank=False)
     return t, pd.DataFrame({
-        "image_id": t["Image Index"], "patient_id": t["Patient ID"], "study_id": t["Patient ID"] + "_" + t["Follow-up #"], "view": _lookup(t, "View Position", _VIEW, "view"), "sex": _lookup(t, "Patient Gender", _SEX, "sex"),
+        "image_id": t["Image Index"], "patient_id": t["Patient ID"], "study_id": t["Patient ID"] + "_" + t["Follow-up #"],
+        "view": _lookup(t, "View Position", _VIEW, "view"), "sex": _lookup(t, "Patient Gender", _SEX, "sex"),
         "age": _age(t, "Patient Age", notes), "followup": visit, "width": _numbers(t, "OriginalImage[Width"), "height": _numbers(t, "Height]")})
 
+# %% ../../nbs/11_sources.ipynb #c00398cf
 def _nih_split(root: Path, t: pd.DataFrame) -> pd.Series:
     lists = {s: root/f"{n}_list.txt" for s, n in (("train", "train_val"), ("test", "test"))}
     there = [p.name for p in lists.values() if p.is_file()]
     if not there: return pd.Series(np.nan, index=t.index, dtype=_TEXT)
     if len(there) == 1: raise FileNotFoundError(f"{root}: {there[0]} is there but not the other official list; put both train_val_list.txt and test_list.txt there, or neither")
     official = pd.concat([pd.Series(s, index=lists[s].read_text().split()) for s in lists])
-    if official.index.duplicated().any(): raise ValueError(f"{lists['test']}: the image {official.index[official.index.duplicated()][0]} is in both official lists, or twice in one; download the lists again")
+    if official.index.duplicated().any():
+        raise ValueError(f"{lists['test']}: the image {official.index[official.index.duplicated()][0]} is in both official lists, or twice in one; download the lists again")
     split = t["Image Index"].map(official).astype(_TEXT)
     _require(t, split.notna(), "Image Index", "is in neither train_val_list.txt nor test_list.txt; take the lists of the same release, or remove both")
     return split
 
+# %% ../../nbs/11_sources.ipynb #84e1bb88
 def _nih_boxes(path: Path, images: pd.Series) -> pd.DataFrame:
     names = ["Image Index", "Finding Label", "x", "y", "w", "h"]
     t = _csv(path, id="Image Index", header=None, skiprows=1, names=names, usecols=range(6), index_col=False)
@@ -317,6 +333,7 @@ def _nih_boxes(path: Path, images: pd.Series) -> pd.DataFrame:
     _require(t, labels.isin(VOCABULARIES["nih"]), "Finding Label", f"is no label of NIH; they are {', '.join(VOCABULARIES['nih'])}")
     return pd.DataFrame({"image_id": t["Image Index"], "finding": labels}).join(_boxes(t, ["x", "y", "w", "h"], 1024, 1024))
 
+# %% ../../nbs/11_sources.ipynb #3419c47e
 def read_nih(
     root: str | Path,         # folder with Data_Entry_2017*.csv and images/ or images_001/ ... images_012/
     missing: str = "error",   # images that are not on disk: "error", "drop", or "metadata" (do not look)
@@ -341,7 +358,7 @@ def read_google2019(root: str | Path, missing: str = "error") -> Release:
     keep, path = _locate(t, t["Image Index"], root, missing, (".png",), "name", "Put the images of NIH ChestX-ray14 under this folder", notes)
     return _release("google2019", root, t.attrs["file"], keep, frame.assign(split=_lookup(t, "Set Id", {"val": "val", "test": "test"}, "split"), path=path), None, notes)
 
-# %% ../../nbs/11_sources.ipynb #eb3a49bf
+# %% ../../nbs/11_sources.ipynb #2d926a86
 def _reported(t: pd.DataFrame, source: str, policy: str) -> pd.DataFrame:
     def one(own):
         v = _numbers(t, own)
@@ -349,6 +366,7 @@ def _reported(t: pd.DataFrame, source: str, policy: str) -> pd.DataFrame:
         return uncertain(v, policy)
     return pd.DataFrame({canonical(source, own): one(own) for own in VOCABULARIES[source]})
 
+# %% ../../nbs/11_sources.ipynb #f70de09d
 def read_chexpert(
     root: str | Path,        # folder with train.csv, valid.csv, train/ and valid/ (CheXpert-v1.0 or CheXpert-v1.0-small)
     missing: str = "error",
@@ -402,7 +420,7 @@ def read_mimic(
                           "width": _numbers(t, "Columns"), "height": _numbers(t, "Rows"), "text": text, "path": path})
     return _release("mimic", root, t.attrs["file"], keep, frame.join(labels), None, notes)
 
-# %% ../../nbs/11_sources.ipynb #d44af667
+# %% ../../nbs/11_sources.ipynb #6cfad8dc
 _VINBIGDATA = ("Aortic_Enlargement", "Atelectasis", "Calcification", "Cardiomegaly", "Consolidation", "ILD", "Infiltration", "Lung_Opacity", "Nodule_Mass", "Other_Lesion", "Effusion", "Pleural_Thickening",
                "Pneumothorax", "Fibrosis", "No_Finding")   # what the Kaggle release labels
 _ENOUGH = {"any": lambda share: share > 0, "majority": lambda share: share > .5, "all": lambda share: share == 1}
@@ -415,6 +433,7 @@ def _vindr_tables(root: Path) -> list[tuple[str, pd.DataFrame, pd.DataFrame | No
     name = lambda part, s: _find(root/"annotations", f"{part}_{s}.csv", need="it is in annotations/ of the PhysioNet release")
     return [(s, _csv(name("annotations", s), corners), _csv(name("image_labels", s), ("image_id", *(("rad_id",) if s == "train" else ())))) for s in ("train", "test")]
 
+# %% ../../nbs/11_sources.ipynb #5432d441
 def _vindr_labels(t: pd.DataFrame, labels: pd.DataFrame | None, finding: pd.Series, readers: str) -> pd.DataFrame:
     "One row an image, one column a finding: what enough of its readers say."
     if labels is None:
@@ -428,7 +447,7 @@ def _vindr_labels(t: pd.DataFrame, labels: pd.DataFrame | None, finding: pd.Seri
     share = labels[own].astype(float).set_axis([canonical("vindr", c) for c in own], axis=1).groupby(labels.image_id, sort=False).mean()
     return _ENOUGH[readers](share).astype(float)
 
-# %% ../../nbs/11_sources.ipynb #04ec165b
+# %% ../../nbs/11_sources.ipynb #4415cb32
 def _vindr_size(root: Path, t: pd.DataFrame, path: pd.Series, notes: list[str]) -> pd.DataFrame:
     "width, height and what else is known, one row an image (index image_id)."
     if {"width", "height"} <= set(t): return pd.DataFrame({c: _numbers(t, c) for c in ("width", "height")}).groupby(t.image_id, sort=False).first()
@@ -437,15 +456,17 @@ def _vindr_size(root: Path, t: pd.DataFrame, path: pd.Series, notes: list[str]) 
         return pd.DataFrame({"width": _numbers(x, "dim1"), "height": _numbers(x, "dim0")}).set_index(x.image_id).reindex(path.index)
     if path.isna().all(): notes.append("the original sizes are not known without the images, so no box is given"); return pd.DataFrame({"width": np.nan, "height": np.nan}, index=path.index)
     if not path.dropna().str.endswith((".dicom", ".dcm")).all():
-        raise ValueError(f"{t.attrs['file']}: boxes are in pixels of the original, but there are no columns `width` and `height`, no train_meta.csv, and {path.dropna().iloc[0]} is no DICOM file; add the two columns, or read the DICOM release")
+        raise ValueError(f"{t.attrs['file']}: boxes are in pixels of the original, but there are no columns `width` and `height`, no train_meta.csv, "
+                         f"and {path.dropna().iloc[0]} is no DICOM file; add the two columns, or read the DICOM release")
     return _headers(root, path.dropna(), notes).drop(columns=["patient_id", "view"]).reindex(path.index)
 
+# %% ../../nbs/11_sources.ipynb #0c5b4091
 def read_vindr(
     root: str | Path,        # folder with annotations/, train/, test/ (PhysioNet) or with train.csv and train/ (Kaggle); DICOM or PNG
     missing: str = "error",
     readers: str = "any",    # how several readers become one value: "any", "majority", "all"
 ) -> Release:
-    "VinDr-CXR as released; the patient is not published, so each image counts as one. Raises `FileNotFoundError` for missing files or images, `ValueError` with file, row and column for anything else."
+    "VinDr-CXR as released; patients are not published, each image counts as one. Raises `FileNotFoundError` for missing files or images, else `ValueError` with file, row and column."
     root, frames, keeps, marks = Path(root), [], [], []
     notes = ["the release does not name patients: each image counts as one"]
     if readers not in _ENOUGH: raise ValueError(f"readers is one of {', '.join(_ENOUGH)}, not {readers!r}")
@@ -459,7 +480,8 @@ def read_vindr(
         path = (split + "/" + path) if split else path
         size = _vindr_size(root, t, path, notes)
         at = size.reindex(t.image_id)
-        boxes = pd.DataFrame(np.nan, index=t.index, columns=BOX) if at.width.isna().all() else _boxes(t, ["x_min", "y_min", "x_max", "y_max"], at.width.fillna(np.inf).to_numpy(), at.height.fillna(np.inf).to_numpy(), corners=True)
+        width, height = (at[c].fillna(np.inf).to_numpy() for c in ("width", "height"))
+        boxes = _boxes(t, ["x_min", "y_min", "x_max", "y_max"], width, height, corners=True)
         boxes[at.width.isna().to_numpy()] = np.nan
         marks.append(pd.DataFrame({"image_id": t.image_id, "finding": finding, "reader": t["rad_id"] if "rad_id" in t else "consensus"}).join(boxes))
         frames.append(pd.DataFrame({"image_id": ids, "patient_id": ids, "split": split or None, "path": path}).join(size).join(y)); keeps.append(keep)
@@ -495,7 +517,7 @@ def read_padchest(
                           "age": np.where(far, np.nan, age), "width": _numbers(t, "Columns_DICOM"), "height": _numbers(t, "Rows_DICOM"), "text": t.Report.str.strip(), "path": path})
     return _release("padchest", root, t.attrs["file"], keep, frame.join(y), None, notes)
 
-# %% ../../nbs/11_sources.ipynb #6ed17136
+# %% ../../nbs/11_sources.ipynb #bfa633c2
 def _runs(rle: str, size: int) -> tuple[np.ndarray, np.ndarray]:
     try: v = np.array(rle.split(), np.int64)
     except ValueError: raise ValueError("run lengths are whole numbers separated by spaces") from None
@@ -505,6 +527,7 @@ def _runs(rle: str, size: int) -> tuple[np.ndarray, np.ndarray]:
     if end[-1] > size: raise ValueError(f"the runs end at pixel {end[-1]}, past the {size} pixels of the image")
     return end - v[1::2], end
 
+# %% ../../nbs/11_sources.ipynb #a4bd5b49
 def decode_rle(
     rle: str,     # "gap length gap length ...", gaps counted from the end of the run before
     width: int,   # pixels
@@ -523,6 +546,7 @@ def encode_rle(
     if not len(edges): raise ValueError("an empty mask has no run lengths; SIIM-ACR writes -1")
     return " ".join(map(str, np.diff(edges, prepend=0)))
 
+# %% ../../nbs/11_sources.ipynb #9f1e1b33
 def rle_box(rle: str, width: int, height: int) -> tuple[float, float, float, float]:  # x0 y0 x1 y1, fractions 0 ... 1
     "The box around the mask of `decode_rle`, without decoding it. Raises as that does."
     a, b = _runs(rle, width*height)
@@ -530,7 +554,7 @@ def rle_box(rle: str, width: int, height: int) -> tuple[float, float, float, flo
     y0, y1 = (0, height) if turns else ((a % height).min(), ((b - 1) % height).max() + 1)
     return a[0]//height/width, y0/height, ((b[-1] - 1)//height + 1)/width, y1/height
 
-# %% ../../nbs/11_sources.ipynb #70103967
+# %% ../../nbs/11_sources.ipynb #326dd113
 def read_siim(
     root: str | Path,        # folder with train-rle.csv and the DICOM files (or PNG of the same names) below it
     missing: str = "error",
@@ -550,12 +574,13 @@ def read_siim(
     first = ~t.ImageId.duplicated()
     one = t[first].reset_index(drop=True); one.attrs = t.attrs
     keep, path = _locate(one, one.ImageId, root, missing, (".dcm", ".png"), "stem", "Unpack the images of the challenge (dicom-images-train/) under this folder", notes)
-    known = _headers(root, path[keep], notes).reindex(one.index) if path.notna().any() and path.dropna().str.endswith(".dcm").all() else pd.DataFrame({"patient_id": pd.Series(np.nan, index=one.index, dtype=_TEXT)})
+    known = pd.DataFrame({"patient_id": pd.Series(np.nan, index=one.index, dtype=_TEXT)})
+    if path.notna().any() and path.dropna().str.endswith(".dcm").all(): known = _headers(root, path[keep], notes).reindex(one.index)
     if (n := int(known.patient_id.isna().sum())): notes.append(f"the patient of {n} images is not known (it is in the DICOM headers): each counts as one")
     frame = known.assign(patient_id=known.patient_id.fillna(one.ImageId), image_id=one.ImageId, width=1024, height=1024, path=path, Pneumothorax=present[first])
     return _release("siim", root, t.attrs["file"], keep, frame, marks.assign(mask=np.arange(len(marks))), notes, tuple(rle[drawn]))
 
-# %% ../../nbs/11_sources.ipynb #8f8a58c2
+# %% ../../nbs/11_sources.ipynb #6980b422
 def read_rsna(
     root: str | Path,         # folder with stage_2_train_labels.csv, stage_2_detailed_class_info.csv and stage_2_train_images/
     missing: str = "error",
@@ -580,13 +605,13 @@ def read_rsna(
     keep, path = _locate(one, one.patientId, root, missing, (".dcm", ".png", ".jpg"), "stem", "Unpack stage_2_train_images.zip under this folder", notes)
     if p := _find(root, "kaggle_stage_2_train_images_dicom_headers.csv"):
         h = _csv(p, ("PatientID", "PatientAge", "PatientSex", "ViewPosition"), id="PatientID")
-        known = pd.DataFrame({"age": _age(h, "PatientAge", notes), "sex": _lookup(h, "PatientSex", _SEX, "sex"), "view": _lookup(h, "ViewPosition", _VIEW, "view")}).set_index(h.PatientID).reindex(one.patientId).reset_index(drop=True)
-        frame = frame.join(known)
+        known = pd.DataFrame({"age": _age(h, "PatientAge", notes), "sex": _lookup(h, "PatientSex", _SEX, "sex"), "view": _lookup(h, "ViewPosition", _VIEW, "view")})
+        frame = frame.join(known.set_index(h.PatientID).reindex(one.patientId).reset_index(drop=True))
     elif path.notna().any() and path.dropna().str.endswith(".dcm").all(): frame = frame.join(_headers(root, path[keep], notes)[["age", "sex", "view"]])
     marks = pd.DataFrame({"image_id": t.patientId, "finding": "Lung_Opacity"}).join(boxes)[target == 1]
     return _release("rsna", root, t.attrs["file"], keep, frame.assign(path=path), marks, notes)
 
-# %% ../../nbs/11_sources.ipynb #f48c0f31
+# %% ../../nbs/11_sources.ipynb #0344682e
 def _openi_reports(root: Path) -> list[tuple[str, ET.Element]]:
     if (root/"ecgen-radiology").is_dir(): texts = [(str(p), p.read_bytes()) for p in sorted((root/"ecgen-radiology").glob("*.xml"))]
     elif p := _find(root, "NLMCXR_reports.tgz"):
@@ -598,6 +623,7 @@ def _openi_reports(root: Path) -> list[tuple[str, ET.Element]]:
         except ET.ParseError as e: raise ValueError(f"{name}: is not XML that can be read ({e}); download it again") from e
     return reports
 
+# %% ../../nbs/11_sources.ipynb #b106167d
 def _openi_rows(reports: list[tuple[str, ET.Element]], others: collections.Counter) -> list[dict]:
     rows = []
     for name, r in reports:
@@ -639,7 +665,7 @@ def read_openi(
     keep, path = _locate(t, t.image_id, root, missing, (".png", ".dcm"), "stem", "Unpack NLMCXR_png.tgz under this folder", notes)
     return _release("openi", root, t.attrs["file"], keep, frame.assign(path=path).join(y), None, notes)
 
-# %% ../../nbs/11_sources.ipynb #c203dbf2
+# %% ../../nbs/11_sources.ipynb #8cf6dea1
 def read_folder(
     root: str | Path,                         # folder of the images and the table
     missing: str = "error",
@@ -655,8 +681,10 @@ def read_folder(
     _require(t, t.image.notna(), "image", "is no path; each row names an image")
     frame = pd.DataFrame({c: t[c] for c in t if c in META and c != "path"}).assign(image_id=t["image_id"] if "image_id" in t else t.image)
     if "patient_id" not in t: notes.append("there is no column patient_id: each image counts as a patient of its own"); frame["patient_id"] = frame.image_id
-    for c, f in (("view", lambda c: _lookup(t, c, _VIEW, "view")), ("sex", lambda c: _lookup(t, c, _SEX, "sex")), ("age", lambda c: _age(t, c, notes)), *((c, lambda c: _numbers(t, c)) for c in ("followup", "width", "height", "seed"))):
-        if c in t: frame[c] = f(c)
+    if "age" in t: frame["age"] = _age(t, "age", notes)
+    for c, table in (("view", _VIEW), ("sex", _SEX)):
+        if c in t: frame[c] = _lookup(t, c, table, c)
+    for c in {"followup", "width", "height", "seed"} & set(t): frame[c] = _numbers(t, c)
     for c in t:
         if c in META or c == "image": continue
         frame[c] = _numbers(t, c)
@@ -665,8 +693,9 @@ def read_folder(
     r = _release("folder", root, t.attrs["file"], keep, frame.assign(path=path), None, notes)
     return Release(r.manifest.assign(source=pd.array([source]*len(r.manifest), dtype=_TEXT)), r.annotations, root, "folder", notes)
 
-# %% ../../nbs/11_sources.ipynb #a886ec45
-SOURCES = {"nih": read_nih, "chexpert": read_chexpert, "mimic": read_mimic, "vindr": read_vindr, "padchest": read_padchest, "siim": read_siim, "rsna": read_rsna, "openi": read_openi, "google2019": read_google2019, "folder": read_folder}
+# %% ../../nbs/11_sources.ipynb #bd3542b8
+SOURCES = {"nih": read_nih, "chexpert": read_chexpert, "mimic": read_mimic, "vindr": read_vindr, "padchest": read_padchest,
+           "siim": read_siim, "rsna": read_rsna, "openi": read_openi, "google2019": read_google2019, "folder": read_folder}
 METADATA: tuple[str, ...] = ("nih", "google2019", "chexpert", "vindr", "padchest", "rsna", "siim", "openi")   # sources whose tables torchxrayvision carries
 
 def read_source(
@@ -687,6 +716,7 @@ def metadata_folder() -> Path:
     if spec is None: raise FileNotFoundError("the package torchxrayvision, which carries the tables, is not installed: pip install torchxrayvision")
     return Path(spec.submodule_search_locations[0])/"data"
 
+# %% ../../nbs/11_sources.ipynb #607441a9
 def read_metadata(
     name: str,               # one of `METADATA`
     folder: str | Path = "", # folder with copies of the tables; empty: those of torchxrayvision
