@@ -98,9 +98,9 @@ class State:
             if not np.isfinite(v): raise ValueError(f"{k} is {v} after step {self.step}: it cannot be logged; leave it out where it is undefined")
             self.numbers[k] = float(v)
 
-# %% ../nbs/01_train.ipynb #281939c8
+# %% ../nbs/01_train.ipynb #e0d4fe91
 class Callback:
-    "A feature that is not in the loop. A callback that remembers something gives it in `state_dict` as plain Python values or tensors, and a resumed run hands it back."
+    "A feature that is not in the loop. What it must remember it gives in `state_dict` as plain Python values or tensors; a resumed run hands it back."
     def before_fit(self, s: State) -> None: "Before the first step, after a resume."
     def after_step(self, s: State) -> None: "After each step."
     def after_epoch(self, s: State) -> None: "After the last step of each epoch, after `after_step`."
@@ -108,7 +108,7 @@ class Callback:
     def state_dict(self) -> dict[str, Any]: return {}
     def load_state_dict(self, d: dict[str, Any]) -> None: pass
 
-# %% ../nbs/01_train.ipynb #16f0ab4f
+# %% ../nbs/01_train.ipynb #3283f0c7
 def _average(tensors: list[Tensor], world: int) -> None:
     for h in [dist.all_reduce(t, async_op=True) for t in tensors]: h.wait()
     torch._foreach_div_(tensors, world)
@@ -124,7 +124,7 @@ def _phase(s: State, name: str, micro: list[dict[str, Tensor]]) -> dict[str, Ten
             losses = s.model.losses(batch, s.step, *([name] if name else []))
         parts = [v for v in losses.values() if v.requires_grad]
         if not parts: raise ValueError(f"{type(s.model).__name__}.losses gave nothing with a gradient at step {s.step}{name and f' for {name!r}'}: {list(losses)}")
-        if "loss" in losses and len(parts) > 1: raise ValueError(f"{type(s.model).__name__}.losses gave {list(losses)}: `loss` is the name of their sum, call that part otherwise")
+        if "loss" in losses and len(parts) > 1: raise ValueError(f"{type(s.model).__name__}.losses gave {list(losses)}: `loss` is the name of the sum, rename that part")
         total = sum(parts[1:], parts[0])
         s.scaler.scale(total/len(micro)).backward()
         for k, v in (losses | {"loss": total}).items(): sums[k] = sums.get(k, 0) + v.detach()/len(micro)
@@ -138,7 +138,7 @@ def _phase(s: State, name: str, micro: list[dict[str, Tensor]]) -> dict[str, Ten
     s.scaler.update()
     return {f"{name}/{k}" if name else k: v for k, v in sums.items()}
 
-# %% ../nbs/01_train.ipynb #691eef5e
+# %% ../nbs/01_train.ipynb #c9a04fda
 def _step(s: State, batches: Batches) -> dict[str, Tensor]:  # values by name; of a phase that came several times, the mean
     noise = int(rng(batches.seed, "step", s.step, s.rank).integers(2**63 - 1))
     torch.default_generator.manual_seed(noise)
@@ -147,14 +147,15 @@ def _step(s: State, batches: Batches) -> dict[str, Tensor]:  # values by name; o
         for g in (g for o in s.optimizers.values() for g in o.param_groups): g["lr"] = g["initial_lr"]*s.schedule(s.step)
     micro, values = batches(s.step, s.device), {}
     for name in s.model.phases(s.step) if hasattr(s.model, "phases") else [""]:
-        if name not in s.optimizers: raise ValueError(f"{type(s.model).__name__} has the phase {name!r} at step {s.step}, but the optimisers are {list(s.optimizers)}")
+        if name not in s.optimizers:
+            raise ValueError(f"{type(s.model).__name__} has the phase {name!r} at step {s.step}, but the optimisers are {list(s.optimizers)}")
         for k, v in _phase(s, name, micro).items(): values.setdefault(k, []).append(v.float())
     if s.world > 1:
         for t in s.model.buffers(): dist.broadcast(t, 0)
     if s.ema is not None: s.ema.update_parameters(s.model)
     return {k: sum(v)/len(v) for k, v in values.items()}
 
-# %% ../nbs/01_train.ipynb #b751c963
+# %% ../nbs/01_train.ipynb #dc1bc0fe
 def _note(s: State, values: dict[str, Tensor], wanted: bool) -> None:
     lr = {f"lr/{k}" if k else "lr": o.param_groups[0]["lr"] for k, o in s.optimizers.items()}
     s.pending.append((dict(step=s.step, epoch=s.epoch) | lr, list(values), torch.stack(list(values.values())), s.numbers, wanted or bool(s.numbers)))
@@ -177,7 +178,8 @@ def _flush(s: State, sync: bool = False) -> None:
             f.write("".join(json.dumps(r) + "\n" for r in lines))
             f.flush()
             if sync: os.fsync(f.fileno())
-    if bad: raise FloatingPointError(f"the loss {bad[0]!r} is {bad[1]} at step {bad[2]}: lower the learning rate, clip the gradients, or look at the data of that step; the last good checkpoint is {latest_checkpoint(s.out)}")
+    if bad: raise FloatingPointError(f"the loss {bad[0]!r} is {bad[1]} at step {bad[2]}: lower the learning rate, clip the gradients, or look at the data of that step; "
+                                     f"the last good checkpoint is {latest_checkpoint(s.out)}")
 
 def _lines(out: Path) -> list[dict]:
     if not (out/"log.jsonl").exists(): return []
@@ -188,7 +190,7 @@ def read_log(out: str | Path) -> pd.DataFrame:  # one row a logged step; NaN whe
     if not (rows := _lines(Path(out))): raise FileNotFoundError(f"{out} holds no log.jsonl with a finished step: train into it first")
     return pd.DataFrame(rows)
 
-# %% ../nbs/01_train.ipynb #fd0f6149
+# %% ../nbs/01_train.ipynb #5d50fd89
 def latest_checkpoint(out: str | Path) -> Path | None:
     "The newest whole checkpoint of a run folder, None where there is none."
     return max((p.parent for p in Path(out).glob("checkpoints/step-*/DONE")), default=None)
@@ -197,7 +199,8 @@ def load_weights(model: nn.Module, file: str | Path) -> nn.Module:  # the same m
     "Loads a `safetensors` file into a model of the same shapes. Raises `FileNotFoundError`, or `ValueError` naming the file and what differs."
     try: safetensors.torch.load_model(model, file)
     except (RuntimeError, safetensors.SafetensorError) as e:
-        raise ValueError(f"{file} does not fit this {type(model).__name__} ({' '.join(str(e).split())[:400]}): build the model with the settings it was trained with, or train into another folder") from e
+        raise ValueError(f"{file} does not fit this {type(model).__name__} ({' '.join(str(e).split())[:400]}): "
+                         "build the model with the settings it was trained with, or train into another folder") from e
     return model
 
 def _modules(s: State) -> dict[str, nn.Module]: return {"model": s.model} | ({} if s.ema is None else {"ema": s.ema.module})
@@ -206,11 +209,12 @@ def _named(callbacks: Sequence[Callback]) -> dict[str, Callback]:
     names = [type(c).__name__ for c in callbacks]
     return {f"{n}-{names[:i].count(n)}": c for i, (n, c) in enumerate(zip(names, callbacks))}
 
-# %% ../nbs/01_train.ipynb #c8f852a4
+# %% ../nbs/01_train.ipynb #65b559ff
 def _save(s: State, callbacks: Sequence[Callback], keep: int) -> None:
     _flush(s, sync=True)
     for k, p in s.model.named_parameters():
-        if not p.isfinite().all(): raise FloatingPointError(f"the weight {k!r} is not finite after {s.step} steps: lower the learning rate or clip the gradients; the last good checkpoint is {latest_checkpoint(s.out)}")
+        if not p.isfinite().all(): raise FloatingPointError(f"the weight {k!r} is not finite after {s.step} steps: lower the learning rate or clip the gradients; "
+                                                            f"the last good checkpoint is {latest_checkpoint(s.out)}")
     folder = s.out/"checkpoints"/f"step-{s.step:08d}"
     if s.main:
         try:
@@ -219,19 +223,22 @@ def _save(s: State, callbacks: Sequence[Callback], keep: int) -> None:
             for name, m in _modules(s).items(): safetensors.torch.save_model(m, str(folder/f"{name}.safetensors"))
             torch.save(dict(optimizers={k: o.state_dict() for k, o in s.optimizers.items()}, scaler=s.scaler.state_dict(),
                             callbacks={k: d for k, c in _named(callbacks).items() if (d := c.state_dict())}), folder/"training.pt")
-            write_json(folder/"state.json", dict(step=s.step, settings=s.settings, settings_sha256=hashlib.sha256(json.dumps(s.settings, sort_keys=True).encode()).hexdigest()))
+            digest = hashlib.sha256(json.dumps(s.settings, sort_keys=True).encode()).hexdigest()
+            write_json(folder/"state.json", dict(step=s.step, settings=s.settings, settings_sha256=digest))
             for p in folder.iterdir():
                 with open(p, "rb") as f: os.fsync(f.fileno())
             with atomic(folder/"DONE") as tmp: tmp.touch()
         except (OSError, RuntimeError, safetensors.SafetensorError) as e:
             shutil.rmtree(folder, ignore_errors=True)
-            raise OSError(f"the checkpoint {folder} could not be written ({' '.join(str(e).split())[:200]}): is the disk full? Free some space and run again; it goes on from {latest_checkpoint(s.out) or 'the start'}") from e
-        for old in sorted(p.parent for p in s.out.glob("checkpoints/step-*/DONE"))[:-keep]:
-            (old/"DONE").unlink()
+            raise OSError(f"the checkpoint {folder} could not be written ({' '.join(str(e).split())[:200]}): is the disk full? "
+                          f"Free some space and run again; it goes on from {latest_checkpoint(s.out) or 'the start'}") from e
+        last = sorted(p.parent for p in folder.parent.glob("step-*/DONE"))[-keep:]
+        for old in set(folder.parent.glob("step-*")) - set(last):
+            (old/"DONE").unlink(missing_ok=True)
             shutil.rmtree(old)
     if s.world > 1: dist.barrier()
 
-# %% ../nbs/01_train.ipynb #4fb1d27c
+# %% ../nbs/01_train.ipynb #d7a85713
 def _restore(s: State, callbacks: Sequence[Callback]) -> None:
     "Takes up the newest checkpoint and cuts the log to its step. Raises `ValueError` where it belongs to another fit."
     if path := latest_checkpoint(s.out):
@@ -242,7 +249,7 @@ def _restore(s: State, callbacks: Sequence[Callback]) -> None:
         if state["step"] > s.steps: raise ValueError(f"{path} is further than the {s.steps} steps asked for: {start}")
         for name, m in _modules(s).items(): load_weights(m, path/f"{name}.safetensors")
         training, named = torch.load(path/"training.pt", map_location="cpu", weights_only=True), _named(callbacks)
-        if lost := set(training["callbacks"]) - set(named): raise ValueError(f"{path} holds the state of the callbacks {sorted(lost)}, which this fit does not have: give them, or {start}")
+        if lost := set(training["callbacks"]) - set(named): raise ValueError(f"{path} holds the state of the callbacks {sorted(lost)}: give them to this fit, or {start}")
         for k, o in s.optimizers.items(): o.load_state_dict(training["optimizers"][k])
         if s.scaler.is_enabled(): s.scaler.load_state_dict(training["scaler"])
         for k, d in training["callbacks"].items(): named[k].load_state_dict(d)
@@ -252,7 +259,7 @@ def _restore(s: State, callbacks: Sequence[Callback]) -> None:
     if s.main:
         with atomic(s.out/"log.jsonl") as tmp: tmp.write_text("".join(json.dumps(r) + "\n" for r in s.rows))
 
-# %% ../nbs/01_train.ipynb #ca5f89f8
+# %% ../nbs/01_train.ipynb #817056d5
 @contextlib.contextmanager
 def evaluating(module: nn.Module) -> Iterator[nn.Module]:
     "Within the block the module is in evaluation mode and takes no gradients; afterwards each part is in the mode it was in."
@@ -270,6 +277,7 @@ class SampleGrid(Callback):
         if (s.step + 1) % self.every or not s.main: return
         with evaluating(s.module) as m, atomic(s.out/"samples"/f"step-{s.step + 1:08d}.png") as tmp: image_grid(self.fn(m)).savefig(tmp, dpi=80)
 
+# %% ../nbs/01_train.ipynb #06c6a14a
 class Validate(Callback):
     "After every `every` epochs, logs the numbers that `fn(module)` gives; keeps the weights with the best of them in `best.safetensors`."
     def __init__(self,
@@ -295,19 +303,24 @@ class Validate(Callback):
     def load_state_dict(self, d: dict[str, Any]) -> None: self.best = d["best"]
 
 class Plateau(Callback):
-    "After each epoch, multiplies the learning rate by `factor` when a number logged before it in the same step has not fallen for more than `patience` epochs. Raises `ValueError` beside a `schedule`."
-    def __init__(self, metric: str, patience: int = 10, factor: float = .1, optimizer: str = ""): self.metric, self.patience, self.factor, self.optimizer, self.state = metric, patience, factor, optimizer, {}
+    "After an epoch, multiplies the learning rate when a logged number has not fallen for more than `patience` epochs. Raises `ValueError` beside a `schedule`."
+    def __init__(self,
+        metric: str,         # the number, from a callback before this one
+        patience: int = 10,  # epochs
+        factor: float = .1,  # on the learning rate
+        optimizer: str = "", # which optimiser
+    ): self.metric, self.options, self.optimizer, self.state = metric, dict(patience=patience, factor=factor), optimizer, {}
     def before_fit(self, s: State) -> None:
         if s.schedule is not None: raise ValueError("Plateau and a schedule would both set the learning rate: give one of them")
-        self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(s.optimizers[self.optimizer], patience=self.patience, factor=self.factor)
+        self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(s.optimizers[self.optimizer], **self.options)
         self.scheduler.load_state_dict(self.state)
     def after_epoch(self, s: State) -> None:
-        if self.metric not in s.numbers: raise ValueError(f"Plateau waits for {self.metric!r}, but this epoch logged {list(s.numbers)}: put a Validate that gives it before the Plateau")
+        if self.metric not in s.numbers: raise ValueError(f"Plateau waits for {self.metric!r}, but this epoch logged {list(s.numbers)}: put a Validate that gives it before")
         self.scheduler.step(s.numbers[self.metric])
     def state_dict(self) -> dict[str, Any]: return self.scheduler.state_dict()
     def load_state_dict(self, d: dict[str, Any]) -> None: self.state = d
 
-# %% ../nbs/01_train.ipynb #820dca2c
+# %% ../nbs/01_train.ipynb #4017c422
 def plot_log(log: pd.DataFrame) -> plt.Figure:
     "A small panel for each number of a log, over the steps."
     names = [c for c in log if c not in ("step", "epoch") and log[c].nunique() > 1][:12] or ["loss"]
@@ -321,7 +334,9 @@ def plot_log(log: pd.DataFrame) -> plt.Figure:
     plt.close(fig)
     return fig
 
-def _live() -> bool: return "JPY_SESSION_NAME" in os.environ and "ipykernel" in sys.modules  # the kernel of a notebook that someone has open; papermill's has no session
+# %% ../nbs/01_train.ipynb #e0fa72f3
+def _live() -> bool:  # in the kernel of a notebook that someone has open; papermill's has no session
+    return "JPY_SESSION_NAME" in os.environ and "ipykernel" in sys.modules
 
 class Progress(Callback):
     "A bar on stderr; in an open notebook also the plot of the log, redrawn every `every` seconds."
@@ -345,7 +360,7 @@ class Progress(Callback):
         self.bar.close()
         if self.handle is not None: self.draw(s)
 
-# %% ../nbs/01_train.ipynb #42299977
+# %% ../nbs/01_train.ipynb #bb5da7b4
 def processes() -> PartialState:  # its `process_index`, `num_processes`, `device`, `is_main_process`
     "The processes of this run, as `torch.distributed.run` started them; alone, one. Raises `RuntimeError` where they did not find each other."
     p = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
@@ -353,6 +368,7 @@ def processes() -> PartialState:  # its `process_index`, `num_processes`, `devic
         raise RuntimeError(f"this process was started as one of {os.environ['WORLD_SIZE']}, but sees {p.num_processes}: start the training from a fresh kernel")
     return p
 
+# %% ../nbs/01_train.ipynb #7f0a384a
 @dataclass
 class History:
     "What a fit leaves. Model and average are in evaluation mode."
@@ -375,18 +391,21 @@ def _optimizers(model: nn.Module, o: Any) -> dict[str, torch.optim.Optimizer]:
     elif callable(o): o = o(model)
     return o if isinstance(o, dict) else {"": o}
 
-def _state(model, batches, out, steps, optimizers, ema, clip, precision, schedule, device, config) -> State:
-    if precision not in (types := {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}): raise ValueError(f"precision {precision!r} is not one of {', '.join(types)}")
+def _state(model, batches, out, steps, per_epoch, optimizers, ema, clip, precision, schedule, device, config) -> State:
+    types = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if precision not in types: raise ValueError(f"precision {precision!r} is not one of {', '.join(types)}")
     model.to(device).train()
     optimizers = _optimizers(model, optimizers)
-    groups = {k: [{a: v for a, v in g.items() if a != "params"} | {"weights": len(g["params"])} for g in o.param_groups] for k, o in optimizers.items()}
-    settings = dict(model=type(model).__qualname__, images=len(batches.data), batch_size=batches.size, seed=batches.seed, ema=ema, clip=clip, precision=precision, optimizers=groups, config=config or {})
+    groups = {k: [{a: v for a, v in g.items() if a not in ("params", "initial_lr")} | {"weights": len(g["params"])} for g in o.param_groups] for k, o in optimizers.items()}
+    settings = dict(model=type(model).__qualname__, images=len(batches.data), batch_size=batches.size, epoch_steps=per_epoch, seed=batches.seed,
+                    ema=ema, clip=clip, precision=precision, optimizers=groups, config=config or {})
     for g in (g for o in optimizers.values() for g in o.param_groups): g.setdefault("initial_lr", g["lr"])
-    return State(model, optimizers, Path(out), steps, batches.per_epoch, device, json.loads(json.dumps(settings, default=str)),
-                 None if ema is None else AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema)), torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
-                 {k: [p for g in o.param_groups for p in g["params"] if p.requires_grad] for k, o in optimizers.items()}, types[precision], clip, schedule, batches.rank, batches.world)
+    return State(model, optimizers, Path(out), steps, per_epoch, device, settings=json.loads(json.dumps(settings, default=str)),
+                 ema=None if ema is None else AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema)), scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
+                 trained={k: [p for g in o.param_groups for p in g["params"] if p.requires_grad] for k, o in optimizers.items()},
+                 dtype=types[precision], clip=clip, schedule=schedule, rank=batches.rank, world=batches.world)
 
-# %% ../nbs/01_train.ipynb #129bf811
+# %% ../nbs/01_train.ipynb #6633644c
 def fit(
     model: nn.Module,              # a `TrainingModel`; trained in place
     data,                          # has `__len__` and `__getitems__(positions) -> dict of tensors`
@@ -410,13 +429,12 @@ def fit(
     config: dict[str, Any] | None = None,      # further settings that a resumed run must share, e.g. the hash of the set
     progress: bool = True,         # whether to show a bar
 ) -> History:
-    "Trains a model. Raises `ValueError` for sizes that do not fit or a folder of another fit, `FloatingPointError` for a loss that is not finite, `OSError` where a checkpoint cannot be written."
+    "Trains a model. Raises `ValueError` (sizes, a folder of another fit), `FloatingPointError` (a loss that is not finite), `OSError` (a checkpoint cannot be written)."
     p, start = processes(), time.perf_counter()
     device = torch.device(device) if device is not None else p.device
     batches = Batches(data, batch_size, seed, accumulate, p.process_index, p.num_processes)
-    s = _state(model, batches, out, steps, optimizers, ema, clip, precision, schedule, device, config)
+    s = _state(model, batches, out, steps, epoch_steps or batches.per_epoch, optimizers, ema, clip, precision, schedule, device, config)
     callbacks = [*callbacks, *([Progress()] if progress else [])]
-    s.per_epoch = epoch_steps or s.per_epoch
     s.out.mkdir(parents=True, exist_ok=True)
     _restore(s, callbacks)
     resumed = s.step
@@ -444,7 +462,7 @@ def _loop(s: State, batches: Batches, callbacks: Sequence[Callback], checkpoint_
         if s.step % checkpoint_every == 0 or s.step == s.steps: _save(s, callbacks, keep)
         elif len(s.pending) >= 50 if s.world > 1 else time.monotonic() > read + 1: _flush(s); read = time.monotonic()
 
-# %% ../nbs/01_train.ipynb #67db0d36
+# %% ../nbs/01_train.ipynb #9c7947cf
 def _die_with_parent(sig: int) -> None:
     if sys.platform == "linux": ctypes.CDLL(None).prctl(1, sig)  # PR_SET_PDEATHSIG
 
@@ -452,7 +470,7 @@ def _rendezvous(nodes: int, node: int | None) -> list[str]:
     if nodes == 1: return ["--standalone"]
     e = os.environ
     node = int(e["SLURM_NODEID"]) if node is None else node
-    head = e.get("MASTER_ADDR") or subprocess.run(["scontrol", "show", "hostnames", e["SLURM_JOB_NODELIST"]], capture_output=True, text=True, check=True).stdout.split()[0]
+    head = e.get("MASTER_ADDR") or subprocess.check_output(["scontrol", "show", "hostnames", e["SLURM_JOB_NODELIST"]], text=True).split()[0]
     port = e.get("MASTER_PORT") or str(29500 + int(e.get("SLURM_JOB_ID", 0)) % 1000)
     return [f"--nnodes={nodes}", f"--node_rank={node}", f"--master_addr={head}", f"--master_port={port}"]
 
@@ -466,21 +484,23 @@ def launch(
     node: int | None = None,    # this node, from 0; None: SLURM's number
     cpu: bool = False,          # stay on the CPU where there is a GPU
 ) -> Any:                       # what the function returns with one process, else None
-    "Runs a training function on one or many processes. Raises `ValueError` for a function that other processes cannot import, `RuntimeError` with the last lines where a process fails."
+    "Runs a training function on one or many processes. Raises `ValueError` where they cannot import it, `RuntimeError` with the last lines where one fails."
     nodes = int(os.environ.get("SLURM_STEP_NUM_NODES", 1)) if nodes is None else nodes
     if processes*nodes == 1: return fn(json.loads(json.dumps(config)))
-    if fn.__module__ == "__main__" or "<" in fn.__qualname__: raise ValueError(f"{fn.__qualname__} is defined in this notebook or inside a function, where other processes cannot import it: move it to a module")
-    if not cpu and 0 < torch.cuda.device_count() < processes: raise ValueError(f"{processes} processes were asked for, but this node has {torch.cuda.device_count()} GPUs: ask for that many, or cpu=True")
+    entry, gpus = f"{fn.__module__}:{fn.__qualname__}", torch.cuda.device_count()
+    if fn.__module__ == "__main__" or "<" in entry: raise ValueError(f"{entry} is defined in a notebook or inside a function, where other processes cannot import it: move it to a module")
+    if not cpu and 0 < gpus < processes: raise ValueError(f"{processes} processes were asked for, but this node has {gpus} GPUs: ask for that many, or cpu=True")
     write_json(Path(out)/"config.json", config)
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", *_rendezvous(nodes, node),
-               "-m", "cxr_nb.train", "--entry", f"{fn.__module__}:{fn.__qualname__}", "--config", str(Path(out).resolve()/"config.json")]
-    env = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads()//processes))} | os.environ | {"PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)} | ({"ACCELERATE_USE_CPU": "true"} if cpu else {})
-    tail = deque(maxlen=60)
-    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", preexec_fn=lambda: _die_with_parent(signal.SIGTERM)) as p:
+               "-m", "cxr_nb.train", "--entry", entry, "--config", str(Path(out).resolve()/"config.json")]
+    env = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads()//processes))} | os.environ | {"PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
+    if cpu: env["ACCELERATE_USE_CPU"] = "true"
+    tail, pipe = deque(maxlen=60), dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    with subprocess.Popen(command, env=env, preexec_fn=lambda: _die_with_parent(signal.SIGTERM), **pipe) as p:
         try:
             for line in p.stdout: tail.append(line); sys.stdout.write(line)
         except BaseException: p.terminate(); raise
-    if p.returncode: raise RuntimeError(f"{processes} processes of {fn.__module__}:{fn.__qualname__} ended with code {p.returncode}; their last lines:\n{''.join(tail)}")
+    if p.returncode: raise RuntimeError(f"{processes} processes of {entry} ended with code {p.returncode}; their last lines:\n{''.join(tail)}")
 
 # %% ../nbs/01_train.ipynb #f939fb2d
 def main(argv: list[str] | None = None) -> None:

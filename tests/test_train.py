@@ -1,5 +1,12 @@
 "What chapter 01 cannot show in one process: kill and resume, several processes, a full disk, a GPU."
-import json, os, random, resource, signal, subprocess, sys, time
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -8,7 +15,16 @@ from torch import nn
 
 from cxr_nb import train
 from cxr_nb.core import seeded, to_unit
-from cxr_nb.train import Callback, Plateau, Validate, fit, latest_checkpoint, launch, load_weights, read_log
+from cxr_nb.train import (
+    Callback,
+    Plateau,
+    Validate,
+    fit,
+    latest_checkpoint,
+    launch,
+    load_weights,
+    read_log,
+)
 
 HERE = Path(__file__).resolve().parent
 
@@ -101,6 +117,7 @@ def test_a_kill_between_the_files_of_a_checkpoint_leaves_the_one_before(tmp_path
 
 
 def test_only_the_last_two_checkpoints_stay_and_a_finished_run_is_handed_back(tmp_path):
+    (tmp_path/"checkpoints"/"step-00000007").mkdir(parents=True)  # left half-written by a killed process
     first = net({"out": str(tmp_path), "steps": 23})
     assert sorted(p.name for p in (tmp_path/"checkpoints").iterdir()) == ["step-00000020", "step-00000023"]
     again = net({"out": str(tmp_path), "steps": 23})
@@ -153,7 +170,7 @@ class Pair(nn.Module):
 
 
 def pair(config):
-    rank = int(os.environ.get("RANK", 0))
+    rank = int(os.environ.get("RANK", "0"))
     torch.manual_seed(rank)  # each process starts with other weights: those of the first must count
     data, model = Images(48), Pair()
     h = fit(model, data, out=config["out"], steps=config["steps"], batch_size=config["batch_size"], seed=1, ema=.5, accumulate=config.get("accumulate", 1), device="cpu", progress=False,
@@ -170,7 +187,7 @@ def assert_near(a, b):
         for k in x: torch.testing.assert_close(x[k], y[k], rtol=1e-4, atol=1e-5)
 
 
-def test_two_processes_learn_what_one_does_from_disjoint_shares_and_resume(tmp_path, capfd):
+def test_two_processes_learn_what_one_does_from_disjoint_shares_and_resume(tmp_path):
     config = {"steps": 9, "batch_size": 8}
     one, two = ({**config, "out": str(tmp_path/n)} for n in ("one", "two"))
     pair(one)
