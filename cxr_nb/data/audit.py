@@ -7,11 +7,11 @@ __all__ = ['NEAR', 'ABSENT', 'FILES', 'REPRODUCED', 'CONTRADICTED', 'UNTESTED', 
            'LONG_TAIL', 'TEST_SETS', 'TEST_TOTALS', 'MEASURES', 'PARAMETERS', 'SILHOUETTES', 'counts', 'cooccurrence',
            'cooccurrence_plot', 'demographics', 'views', 'followups', 'split_overlap', 'people_plot', 'boxes_of',
            'box_statistics', 'position_grid', 'box_coverage', 'position_plot', 'exact_duplicates', 'near_duplicates',
-           'uprightness', 'image_quality', 'audit', 'constant_accuracy', 'NotAtHand', 'Metadata', 'Recomputed', 'Claim',
-           'Outcome', 'claim', 'check', 'whole_number_tables', 'possible_sizes', 'confusion_tables', 'vae_parameters',
-           'gan_parameters', 'silhouettes', 'ledger', 'readable', 'ledger_html']
+           'uprightness', 'odd_shape', 'image_quality', 'audit', 'constant_accuracy', 'NotAtHand', 'Metadata',
+           'Recomputed', 'Claim', 'Outcome', 'claim', 'check', 'whole_number_tables', 'possible_sizes',
+           'confusion_tables', 'vae_parameters', 'gan_parameters', 'silhouettes', 'ledger', 'readable', 'ledger_html']
 
-# %% ../../nbs/14_audit.ipynb #47cb1258
+# %% ../../nbs/14_audit.ipynb #94d514a0
 import ast, gzip, hashlib, html, tarfile, zipfile
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -22,6 +22,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import PercentFormatter
 
 from .sources import findings_of, metadata_folder
 
@@ -41,7 +43,7 @@ def cooccurrence(
     x = (manifest[names := findings_of(manifest)] == 1).to_numpy(np.float64)
     return pd.DataFrame((x.T@x).astype(int), names, names)
 
-# %% ../../nbs/14_audit.ipynb #50da5b8d
+# %% ../../nbs/14_audit.ipynb #8542be26
 def cooccurrence_plot(
     together: pd.DataFrame,  # [finding finding], images with both
     title: str = "",
@@ -52,11 +54,12 @@ def cooccurrence_plot(
     fig, ax = plt.subplots(figsize=(1.8 + .42*len(together), 1.2 + .36*len(together)), layout="constrained")
     np.fill_diagonal(share, np.nan)
     im = ax.imshow(share, cmap="magma_r", vmin=0)
+    white = .5*np.nanmax(share)
     ax.set_xticks(range(len(together)), [c.replace("_", " ") for c in together], rotation=60, ha="right", fontsize=8)
     ax.set_yticks(range(len(together)), [f"{c.replace('_', ' ')}  {v:,.0f}" for c, v in zip(together, alone)], fontsize=8)
     for i, j in zip(*np.where(share >= .005)):
-        ax.text(j, i, f"{100*share[i, j]:.0f}", ha="center", va="center", fontsize=7, color="white" if share[i, j] > .5*np.nanmax(share) else "black")
-    ax.set_title(title, fontsize=9); fig.colorbar(im, ax=ax, shrink=.7, label="share of the row's images")
+        ax.text(j, i, f"{100*share[i, j]:.0f}", ha="center", va="center", fontsize=7, color="white" if share[i, j] > white else "black")
+    ax.set_title(title, fontsize=9); fig.colorbar(im, ax=ax, shrink=.7, label="share of the row's images", format=PercentFormatter(1, 0))
     plt.close(fig)
     return fig
 
@@ -87,7 +90,7 @@ def split_overlap(
     x = pd.crosstab(manifest.patient_id, manifest.split.fillna("none")).gt(0).astype(int)
     return x.T@x
 
-# %% ../../nbs/14_audit.ipynb #cc4e1a3a
+# %% ../../nbs/14_audit.ipynb #bb4c59d8
 def people_plot(
     manifests: dict[str, pd.DataFrame],  # name -> manifest
     shown: str,                          # whose age, sex and follow-ups are drawn
@@ -101,13 +104,15 @@ def people_plot(
     a.legend(); a.set(title=f"{shown}: age and sex", xlabel="images", ylabel="years")
     f = followups(manifests[shown])
     b.loglog(f.index, f, "o", ms=3); b.set(title=f"{shown}: how often a patient comes back", xlabel="images of a patient", ylabel="patients")
-    v = pd.DataFrame({s: views(m)/len(m) for s, m in manifests.items()}).T.fillna(0)
-    v.plot.barh(stacked=True, ax=c, width=.7, color={"PA": "tab:blue", "AP": "tab:orange", "LATERAL": "tab:green", "unknown": "lightgrey"})
-    c.set(title="views by source", xlabel="share of images", xlim=(0, 1)); c.invert_yaxis(); c.legend(fontsize=7, loc="lower right")
+    colours = {"PA": "tab:blue", "AP": "tab:orange", "LATERAL": "tab:green", "unknown": "lightgrey"}
+    v = pd.DataFrame({s: views(m)/len(m) for s, m in manifests.items()}).T.reindex(columns=list(colours)).fillna(0)
+    v.plot.barh(stacked=True, ax=c, width=.7, color=colours, legend=False)
+    c.set(xlabel="share of images", xlim=(0, 1)); c.invert_yaxis(); c.legend(fontsize=7, ncols=4, loc="lower center", bbox_to_anchor=(.5, 1),
+        title="views by source", title_fontsize="medium", frameon=False)
     plt.close(fig)
     return fig
 
-# %% ../../nbs/14_audit.ipynb #f431e056
+# %% ../../nbs/14_audit.ipynb #3e536de8
 def boxes_of(
     annotations: pd.DataFrame,  # one row a statement
 ) -> pd.DataFrame:              # rows with a box of a finding; width, height, area (fractions), cx, cy added
@@ -120,7 +125,8 @@ def box_statistics(
 ) -> pd.DataFrame:              # index finding; boxes, images, then medians: width, height, area, cx, cy
     "Number, size and place of the boxes of each finding."
     g = boxes_of(annotations).groupby("finding", observed=True)
-    return pd.DataFrame({"boxes": g.size(), "images": g.image_id.nunique()}).join(g[["width", "height", "area", "cx", "cy"]].median()).sort_values("boxes", ascending=False)
+    return pd.DataFrame({"boxes": g.size(), "images": g.image_id.nunique()}).join(g[["width", "height", "area", "cx", "cy"]].median()).sort_values("boxes",
+        ascending=False)
 
 def position_grid(
     boxes: pd.DataFrame,  # as `boxes_of` gives them
@@ -139,7 +145,7 @@ def box_coverage(
     for sign, x, y in ((1, 0, 1), (-1, 2, 1), (-1, 0, 3), (1, 2, 3)): np.add.at(d, (edge[y], edge[x]), sign)  # corners of each box
     return d.cumsum(0).cumsum(1)[:size, :size]/max(len(boxes), 1)
 
-# %% ../../nbs/14_audit.ipynb #e2d937f7
+# %% ../../nbs/14_audit.ipynb #c31a1db0
 def position_plot(
     annotations: pd.DataFrame,  # one row a statement
     title: str = "",
@@ -151,16 +157,17 @@ def position_plot(
     cols = min(4, len(names)); rows = -(-len(names)//cols)
     fig, axes = plt.subplots(rows, cols, figsize=(2.3*cols, 2.5*rows), squeeze=False, layout="constrained")
     for ax in axes.flat: ax.axis("off")
+    text = dict(color="w", ha="center", va="center", fontsize=7, path_effects=[withStroke(linewidth=2, foreground="k")])
     for ax, f in zip(axes.flat, names):
         one = b[b.finding == f]; nine = position_grid(one)
         ax.imshow(box_coverage(one), cmap="magma", vmin=0, extent=(0, 3, 3, 0)); ax.set_title(f"{f.replace('_', ' ')}, {len(one):,} boxes", fontsize=8)
-        for i, j in np.ndindex(3, 3): ax.text(j + .5, i + .5, f"{100*nine[i, j]/len(one):.0f} %", color="w", ha="center", fontsize=7)
+        for i, j in np.ndindex(3, 3): ax.text(j + .5, i + .5, f"{100*nine[i, j]/len(one):.0f} %", **text)
         for k in (1, 2): ax.axhline(k, color="w", lw=.4); ax.axvline(k, color="w", lw=.4)
     fig.suptitle(title, fontsize=9)
     plt.close(fig)
     return fig
 
-# %% ../../nbs/14_audit.ipynb #e3c0e032
+# %% ../../nbs/14_audit.ipynb #d1a76bdb
 def exact_duplicates(
     images: np.ndarray,  # uint8 [n h w], may be memory-mapped
 ) -> np.ndarray:         # int [n]: position of the first image with the same pixels (its own where there is none before)
@@ -178,7 +185,8 @@ def near_duplicates(
     most: int = 1_000_000,    # pairs from which the threshold is taken to be wrong
 ) -> pd.DataFrame:            # i < j (positions), correlation
     "Pairs of images whose thumbnails correlate; flat images match nothing. Raises `ValueError` where there are more than `most`."
-    chunks = [torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(np.array(images[a:a + block])).float()[:, None], side).flatten(1) for a in range(0, len(images), block)]
+    chunks = [torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(np.array(images[a:a + block])).float()[:, None], side).flatten(1) for a in range(0,
+        len(images), block)]
     t = torch.cat(chunks)                              # n side*side
     t = t - t.mean(1, keepdim=True)
     t = t/t.norm(dim=1, keepdim=True).clamp_min(side)  # a standard deviation below one grey level counts as flat
@@ -192,7 +200,7 @@ def near_duplicates(
             if total > most: raise ValueError(f"more than {most:,} pairs of images correlate at {threshold} or more: raise `threshold`, or look whether the set holds one image many times")
     return pd.DataFrame(dict(zip(("i", "j", "correlation"), (torch.cat(x).numpy() for x in zip(*found)))))
 
-# %% ../../nbs/14_audit.ipynb #374899f0
+# %% ../../nbs/14_audit.ipynb #da9f34db
 def uprightness(
     images: np.ndarray,  # uint8 [n h w], frontal
 ) -> np.ndarray:         # float [n], grey levels; below 0: inverted
@@ -205,12 +213,19 @@ def uprightness(
     flat = images.reshape(len(images), -1).astype(np.float32)
     return flat@(2*centre/centre.sum() - lungs/lungs.sum() - corners/corners.sum()).astype(np.float32).ravel()
 
+def odd_shape(
+    manifest: pd.DataFrame,     # one row an image: width, height of the original
+    aspect: tuple = (.6, 1.6),  # width/height outside of which a shape is odd
+) -> pd.Series:                 # bool [n]; False where the size is not known
+    "Which images are no radiograph by their shape."
+    ratio = manifest.width.astype(float)/manifest.height.astype(float)
+    return (ratio < aspect[0]) | (ratio > aspect[1])
+
 def image_quality(
     images: np.ndarray,            # uint8 [n h w], may be memory-mapped
     manifest: pd.DataFrame,        # one row an image: view, width, height
     flat: float = 4.,              # standard deviation in grey levels below which an image is blank
     frame: float = .5,             # share of the outermost 3 % at level 0 or 255 from which a border is saturated
-    aspect: tuple = (.6, 1.6),     # width/height outside of which a shape is odd
     block: int = 4096,             # images read at once
 ) -> pd.DataFrame:                 # bool [n]: blank, inverted, odd shape, enlarged, saturated border
     "Which images fail which check. Raises `ValueError` where images and manifest differ in number."
@@ -220,12 +235,11 @@ def image_quality(
     for a in range(0, len(images), block):
         x = np.asarray(images[a:a + block])
         blank.append(x.std(axis=(1, 2)) < flat); upright.append(uprightness(x)); border.append(np.isin(x[:, edge], (0, 255)).mean(1) >= frame)
-    w, h = (manifest[c].astype(float).to_numpy() for c in ("width", "height"))
     blank = np.concatenate(blank); lateral = manifest["view"].eq("LATERAL").fillna(False).to_numpy(bool)
-    return pd.DataFrame({"blank": blank, "inverted": (np.concatenate(upright) < 0) & ~blank & ~lateral, "odd shape": (w/h < aspect[0]) | (w/h > aspect[1]),
-                         "enlarged": np.minimum(w, h) < max(images.shape[1:]), "saturated border": np.concatenate(border) & ~blank}, manifest.index)
+    return pd.DataFrame({"blank": blank, "inverted": (np.concatenate(upright) < 0) & ~blank & ~lateral, "odd shape": odd_shape(manifest),
+                         "enlarged": manifest[["width", "height"]].astype(float).min(axis=1) < max(images.shape[1:]), "saturated border": np.concatenate(border) & ~blank}, manifest.index)
 
-# %% ../../nbs/14_audit.ipynb #23ab6dbd
+# %% ../../nbs/14_audit.ipynb #d660e499
 ABSENT = "no pixels at hand"
 
 def audit(
@@ -234,20 +248,23 @@ def audit(
     "The audit of a set in one column."
     m, b = data.manifest, boxes_of(data.annotations)
     v, overlap, size = views(m), split_overlap(m).to_numpy(), m.groupby("patient_id").size()
-    out = {"images": len(m), "patients": len(size), "most images of a patient": size.max(), "findings labelled": int((counts(m)[["present", "absent"]].sum(axis=1) > 0).sum()),
+    out = {"images": len(m), "patients": len(size), "most images of a patient": size.max(),
+        "findings labelled": int((counts(m)[["present", "absent"]].sum(axis=1) > 0).sum()),
            "images without sex or age": int((m.sex.isna() | m.age.isna()).sum()), **{f"view {k}": int(v.get(k, 0)) for k in ("PA", "AP", "LATERAL", "unknown")},
-           "boxes": len(b), "images with a box": b.image_id.nunique(), "pairs of splits sharing patients": int((np.triu(overlap, 1) > 0).sum())}
-    checks = ["exact copies", "near pairs", "near pairs of two patients", "blank", "inverted", "odd shape", "enlarged", "saturated border"]
+           "odd shape": int(odd_shape(m).sum()) if m.width.notna().any() else "size not known",
+           "annotations": len(data.annotations), "boxes": len(b), "images with a box": b.image_id.nunique(), "pairs of splits sharing patients": int((np.triu(overlap, 1) > 0).sum())}
+    checks = ["exact copies", "near pairs", "near pairs of two patients", "blank", "inverted", "enlarged", "saturated border"]
     if getattr(data, "images", None) is None: return pd.Series(out | dict.fromkeys(checks, ABSENT), dtype=object)
     near, patient = near_duplicates(data.images), m.patient_id.to_numpy()
     copies = int((exact_duplicates(data.images) != np.arange(len(m))).sum())
-    return pd.Series(out | dict(zip(checks, [copies, len(near), int((patient[near.i] != patient[near.j]).sum()), *image_quality(data.images, m).sum()])), dtype=object)
+    return pd.Series(out | dict(zip(checks, [copies, len(near), int((patient[near.i] != patient[near.j]).sum()),
+        *image_quality(data.images, m)[checks[3:]].sum()])), dtype=object)
 
-# %% ../../nbs/14_audit.ipynb #2a7261e4
+# %% ../../nbs/14_audit.ipynb #f2bb1e14
 def constant_accuracy(
     labels: pd.DataFrame,  # one row a case, one column a finding: 1, 0 or NaN
 ) -> dict[str, float]:     # answer -> element-wise accuracy over what is labelled
-    "Accuracy of answers that never look at the image: none present, the majority of each finding (the best of them), and, where it is a column, `No_Finding` for all. Raises `ValueError` where nothing is labelled."
+    "Accuracy of none present, of the majority of each finding (the best constant) and, where it is a column, of `No_Finding` for all. Raises `ValueError` where nothing is labelled."
     x = labels.to_numpy(float); known = ~np.isnan(x)
     if not known.any(): raise ValueError("constant_accuracy: no label is 0 or 1, so there is nothing to be right about")
     ones, total = np.nansum(x, 0), known.sum(0)
@@ -255,14 +272,15 @@ def constant_accuracy(
     if "No_Finding" in labels: answers["No_Finding for all"] = np.where(labels.columns == "No_Finding", ones, total - ones)
     return {k: float(v.sum()/total.sum()) for k, v in answers.items()}
 
-# %% ../../nbs/14_audit.ipynb #1443eec6
-FILES = {"nih": "Data_Entry_2017_v2020.csv.gz", "nih_boxes": "BBox_List_2017.csv.gz", "google": "google2019_nih-chest-xray-labels.csv.gz", "vindr": "vinbigdata-train.csv.gz",
+# %% ../../nbs/14_audit.ipynb #6cbd922c
+FILES = {"nih": "Data_Entry_2017_v2020.csv.gz", "nih_boxes": "BBox_List_2017.csv.gz", "google": "google2019_nih-chest-xray-labels.csv.gz",
+    "vindr": "vinbigdata-train.csv.gz",
          "chexpert": "chexpert_train.csv.gz", "padchest": "PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv.gz", "rsna": "kaggle_stage_2_train_labels.csv.zip",
          "siim": "siim-pneumothorax-train-rle.csv.gz", "openi": "NLMCXR_reports.tgz", "v7": "semantic_masks_v7labs_lungs.zip"}
 
 class NotAtHand(LookupError):
-    "What a claim needs is not there. `partial`: what could be recomputed all the same."
-    def __init__(self, message: str, partial: dict | None = None): super().__init__(message); self.partial = partial or {}
+    "What a claim needs is not there. `partial`: what could be recomputed all the same, from `n` rows."
+    def __init__(self, message: str, partial: dict | None = None, n: int = 0): super().__init__(message); self.partial, self.n = partial or {}, n
 
 class Metadata:
     "The releases' metadata files in one folder; a table is read once, and only the columns asked for."
@@ -292,7 +310,7 @@ class Metadata:
             with zipfile.ZipFile(p) as z: return [m for m in z.namelist() if not m.endswith("/")]
         with tarfile.open(p) as t: return [m.name for m in t if m.isfile()]
 
-# %% ../../nbs/14_audit.ipynb #1357fd9a
+# %% ../../nbs/14_audit.ipynb #440b0587
 REPRODUCED, CONTRADICTED, UNTESTED = "reproduced", "contradicted", "not testable here"
 RELATIONS = {"equal": lambda p, r, t: abs(p - r) <= t,      # the recomputed value is the published one
              "at least": lambda p, r, t: r >= p - t,        # ... is no smaller
@@ -336,12 +354,11 @@ CLAIMS: dict[str, Claim] = {}
 def claim(id: str, paper: str, place: str, statement: str, published: dict, **kw):  # kw: tolerance, relation, given
     "Decorator: registers the function as the test of a claim; its docstring says how."
     def register(f):
-        if id in CLAIMS and CLAIMS[id].recompute.__qualname__ != f.__qualname__: raise ValueError(f"two claims are called {id!r}")
         CLAIMS[id] = Claim(id, paper, place, statement, published, f, f.__doc__, **kw)
         return f
     return register
 
-# %% ../../nbs/14_audit.ipynb #d356a836
+# %% ../../nbs/14_audit.ipynb #10026632
 def check(
     claim: Claim,
     data: Metadata,
@@ -351,20 +368,22 @@ def check(
     "Recomputes a claim and applies the rule: every published value must stand in the claim's relation to its recomputed one. A value that cannot be determined (NaN) is a contradiction."
     p = claim.published if published is None else published
     try: r = claim.recompute(data, p, claim.given | (given or {}))
-    except NotAtHand as e: return Outcome(claim, p, e.partial, 0, UNTESTED, str(e))
+    except NotAtHand as e: return Outcome(claim, p, e.partial, e.n, UNTESTED, str(e))
     if r.values.keys() != p.keys(): raise ValueError(f"claim {claim.id}: published {sorted(p)}, recomputed {sorted(r.values)}; they must name the same things")
     holds = all(RELATIONS[claim.relation](p[k], r.values[k], claim.tolerance) for k in p)
     return Outcome(claim, p, {k: float(v) for k, v in r.values.items()}, r.n, REPRODUCED if holds else CONTRADICTED, r.note)
 
-# %% ../../nbs/14_audit.ipynb #c09212a8
-TABLE_A1 = {"No Findings": 31818, "Aortic Enlargement": 7162, "Cardiomegaly": 5427, "Pleural Thickening": 4842, "Pulmonary Fibrosis": 4655, "Nodule/Mass": 2580, "Lung Opacity": 2483, "Pleural Effusion": 2476,
+# %% ../../nbs/14_audit.ipynb #a4a40b79
+TABLE_A1 = {"No Findings": 31818, "Aortic Enlargement": 7162, "Cardiomegaly": 5427, "Pleural Thickening": 4842, "Pulmonary Fibrosis": 4655, "Nodule/Mass": 2580,
+    "Lung Opacity": 2483, "Pleural Effusion": 2476,
             "Other Lesion": 2203, "Infiltration": 1247, "ILD": 1000, "Calcification": 960, "Consolidation": 556, "Atelectasis": 279, "Pneumothorax": 226}
 _IN_NIH = {"No Findings": {"No Finding"}, "Pulmonary Fibrosis": {"Fibrosis"}, "Nodule/Mass": {"Nodule", "Mass"}, "Pleural Effusion": {"Effusion"}}
 
 def _nih_images(data: Metadata, classes) -> dict[str, int]:
     "Images of the NIH release that bear each class."
-    one = data.table("nih", "Finding Labels")["Finding Labels"].str.split("|").explode()
-    return {c: one.index[one.isin(_IN_NIH.get(c, {c, c.replace(" ", "_")}))].nunique() for c in classes}
+    lists = data.table("nih", "Finding Labels")["Finding Labels"].value_counts()
+    names = {c: _IN_NIH.get(c, {c, c.replace(" ", "_")}) for c in classes}
+    return {c: int(lists[[not own.isdisjoint(k.split("|")) for k in lists.index]].sum()) for c, own in names.items()}
 
 def _vindr(data: Metadata, unit: str) -> pd.DataFrame:  # unit: "rows", "images" or "classes of images"
     "VinBigData as a 0/1 table of Table A1's classes: a row is an annotation row, or an image with what any of its readers saw."
@@ -376,16 +395,19 @@ def _vindr(data: Metadata, unit: str) -> pd.DataFrame:  # unit: "rows", "images"
 @claim("a1-nih", "robust-cxr", "section 2.1, Table A1", "the 15 class counts are images of the NIH release", TABLE_A1)
 def _(data, published, given):
     "images of Data_Entry_2017_v2020.csv whose label list names the class"
-    return Recomputed(_nih_images(data, published), len(data.table("nih", "Finding Labels")), "five of the classes are no labels of NIH" if not _nih_images(data, ["ILD"])["ILD"] else "")
+    found = _nih_images(data, published)
+    return Recomputed(found, len(data.table("nih", "Finding Labels")), "on no image of NIH: " + (", ".join(k for k, v in found.items() if not v) or "none"))
 
-@claim("a1-vindr-rows", "robust-cxr", "Table A1", "(our explanation) the counts are annotation rows of VinBigData, three readers an image", TABLE_A1, given={"unit": "rows"})
 @claim("a1-vindr-images", "robust-cxr", "Table A1", "the counts are radiographs, if the radiographs are VinBigData's", TABLE_A1, given={"unit": "images"})
+@claim("a1-vindr-rows", "robust-cxr", "Table A1", "(our explanation) the counts are annotation rows of VinBigData, three readers an image", TABLE_A1,
+    given={"unit": "rows"})
 def _a1_vindr(data, published, given):
     "rows of vinbigdata-train.csv, or its images where any reader saw the class"
     x = _vindr(data, given["unit"])
     return Recomputed(x.sum().to_dict(), len(x), f"{len(x):,} {given['unit']}")
 
-@claim("a1-size", "robust-cxr", "section 2.1", "over 60,000 images from more than 30,000 patients", {"images": 60000, "patients": 30000}, relation="at least", given={"counts": TABLE_A1})
+@claim("a1-size", "robust-cxr", "section 2.1", "over 60,000 images from more than 30,000 patients", {"images": 60000, "patients": 30000}, relation="at least",
+    given={"counts": TABLE_A1})
 def _(data, published, given):
     "size of the release whose counts, by rows or by images, are those of Table A1; VinBigData names no patients, so they are at most as many as its images"
     if any(_vindr(data, u).sum().to_dict() == given["counts"] for u in ("rows", "images")):
@@ -396,10 +418,12 @@ def _(data, published, given):
         return Recomputed({"images": len(t), "patients": t["Patient ID"].nunique()}, len(t), "Table A1 is NIH")
     raise NotAtHand("no release at hand has the counts of Table A1: name the release they were taken from")
 
-# %% ../../nbs/14_audit.ipynb #2fdbeb3b
-VAE_TABLE1 = {"Infiltration": 19894, "Effusion": 13317, "Atelectasis": 11559, "Nodule": 6331, "Mass": 5782, "Pneumothorax": 5302, "Consolidation": 4667, "Pleural Thickening": 3385,
+# %% ../../nbs/14_audit.ipynb #4bffe1d8
+VAE_TABLE1 = {"Infiltration": 19894, "Effusion": 13317, "Atelectasis": 11559, "Nodule": 6331, "Mass": 5782, "Pneumothorax": 5302, "Consolidation": 4667,
+    "Pleural Thickening": 3385,
               "Cardiomegaly": 2776, "Emphysema": 2516, "Edema": 2303, "Fibrosis": 1686, "Pneumonia": 1431, "Hernia": 227}
-LONG_TAIL = {"No Finding": 59406, "Subcutaneous Emphysema": 1991, "Tortuous Aorta": 742, "Calcification of the Aorta": 455, "Pneumoperitoneum": 316, "Pneumomediastinum": 253}
+LONG_TAIL = {"No Finding": 59406, "Subcutaneous Emphysema": 1991, "Tortuous Aorta": 742, "Calcification of the Aorta": 455, "Pneumoperitoneum": 316,
+    "Pneumomediastinum": 253}
 
 @claim("vae-table1", "vae-gmvae-gan", "Table 1", "14 disease counts of CXR-14", VAE_TABLE1)
 def _(data, published, given):
@@ -412,13 +436,15 @@ def _(data, published, given):
     if not data.lt_csv:
         own = _nih_images(data, published)
         raise NotAtHand("NIH-CXR-LT is in no wheel: ask its authors for the CSV and give its path as `lt_csv`",
-                        {"No Finding in NIH": own["No Finding"], "more than printed": own["No Finding"] - published["No Finding"], "images with one of the five labels in NIH": sum(own.values()) - own["No Finding"]})
+                        {"No Finding in NIH": own["No Finding"], "more than printed": own["No Finding"] - published["No Finding"],
+                            "images with one of the five labels in NIH": sum(own.values()) - own["No Finding"]}, len(data.table("nih", "Finding Labels")))
     plain = lambda s: "".join(filter(str.isalpha, s.casefold()))
     total, n = dict.fromkeys(published, 0), 0
     for file in data.lt_csv.split(","):
         if not Path(file.strip()).exists(): raise NotAtHand(f"`lt_csv`: {Path(file.strip()).name} is not where the path says: correct the path")
         t = pd.read_csv(file.strip()); t.columns = [plain(c) for c in t.columns]; n += len(t)
-        if missing := [k for k in published if plain(k) not in t]: raise ValueError(f"{Path(file.strip()).name} has no column for {missing[0]!r}: give the CSV of NIH-CXR-LT with one 0/1 column a label")
+        if missing := [k for k in published if plain(k) not in t]:
+            raise ValueError(f"{Path(file.strip()).name} has no column for {missing[0]!r}: give the CSV of NIH-CXR-LT with one 0/1 column a label")
         for k in published: total[k] += int(t[plain(k)].sum())
     return Recomputed(total, n)
 
@@ -449,29 +475,33 @@ def _(data, published, given):
     with (gzip.open(p) if p.suffix == ".gz" else open(p, "rb")) as f: lines = sum(1 for _ in f) - 1
     return Recomputed({"images": n}, n, f"the file has {lines:,} lines after its header")
 
-# %% ../../nbs/14_audit.ipynb #f84cbace
+# %% ../../nbs/14_audit.ipynb #7638a913
 _ANSWERS = [f"{a}, {u}" for u in ("rows", "images") for a in ("all absent", "No Findings for all", "14 diseases all absent")]
 
-@claim("accuracy", "robust-cxr", "section 3.2", "the validation accuracy of 0.9651 is an achievement", dict.fromkeys(_ANSWERS, .9651), relation="exceeds", tolerance=.01)
-@claim("accuracy-augmented", "robust-cxr", "section 3.2", "the accuracy of 0.9644 with generated images is an achievement", dict.fromkeys(_ANSWERS, .9644), relation="exceeds", tolerance=.01)
+@claim("accuracy-augmented", "robust-cxr", "section 3.2", "the accuracy of 0.9644 with generated images is good", dict.fromkeys(_ANSWERS, .9644),
+    relation="exceeds", tolerance=.01)
+@claim("accuracy", "robust-cxr", "section 3.2", "the validation accuracy of 0.9651 is good", dict.fromkeys(_ANSWERS, .9651), relation="exceeds", tolerance=.01)
 def _accuracy(data, published, given):
     "element-wise accuracy of constant answers over the 15 labels of Table A1, on VinBigData's annotation rows and on its images; the published value must exceed each by a point"
     values = {}
     for unit in ("rows", "images"):
         x = _vindr(data, unit).rename(columns={"No Findings": "No_Finding"})
         c, d = constant_accuracy(x), constant_accuracy(x.drop(columns="No_Finding"))
-        values |= dict(zip((f"{a}, {unit}" for a in ("all absent", "No Findings for all", "14 diseases all absent")), (c["all absent"], c["No_Finding for all"], d["all absent"])))
+        values |= dict(zip((f"{a}, {unit}" for a in ("all absent", "No Findings for all", "14 diseases all absent")),
+            (c["all absent"], c["No_Finding for all"], d["all absent"])))
     best = max(values, key=values.get)
     return Recomputed(values, len(data.table("vindr", "image_id", "class_name")), f"the best constant answer: {best}, {values[best]:.4f}")
 
-@claim("share-rows", "robust-cxr", "Figure A1", "638 generated images enlarge the dataset by 1 %, if its size is that of Table A1", {"increase, %": 1}, tolerance=.5, given={"generated": 638, "unit": "rows"})
-@claim("share-images", "robust-cxr", "Figure A1", "638 generated images enlarge the dataset by 1 %, if its size is the number of radiographs", {"increase, %": 1}, tolerance=.5, given={"generated": 638, "unit": "images"})
+@claim("share-images", "robust-cxr", "Figure A1", "638 generated images enlarge the dataset by 1 %, if its size is the number of radiographs",
+    {"increase, %": 1}, tolerance=.5, given={"generated": 638, "unit": "images"})
+@claim("share-rows", "robust-cxr", "Figure A1", "638 generated images enlarge the dataset by 1 %, if its size is that of Table A1", {"increase, %": 1},
+    tolerance=.5, given={"generated": 638, "unit": "rows"})
 def _share(data, published, given):
     "638 by the annotation rows, or by the images, of VinBigData; printed to whole percents"
     n = len(_vindr(data, given["unit"]))
     return Recomputed({"increase, %": 100*given["generated"]/n}, n)
 
-# %% ../../nbs/14_audit.ipynb #a9826bab
+# %% ../../nbs/14_audit.ipynb #772e51bc
 _GROUPS = ("Cardiomegaly", "Pleural Effusion", "Atelectasis", "Pneumothorax", "No Findings")
 TEST_SETS = {"CheXpert": dict(zip(_GROUPS, (175, 120, 178, 10, 185))), "Synthetic": dict(zip(_GROUPS, (120,)*5)), "MIMIC": dict(zip(_GROUPS, (43, 41, 38, 11, 19)))}
 TEST_TOTALS = {"CheXpert": 668, "Synthetic": 600, "MIMIC": 107}
@@ -498,9 +528,10 @@ def possible_sizes(
     printed: dict[str, tuple],           # disease -> AUC, accuracy, precision in %
 ) -> list[int]:                          # up to the sum of the groups
     "The numbers of images for which every disease has a whole-number confusion table."
-    return [n for n in range(max(groups[d] for d in printed), sum(groups.values()) + 1) if all(len(whole_number_tables(n, groups[d], a, p)) for d, (_, a, p) in printed.items())]
+    return [n for n in range(max(groups[d] for d in printed), sum(groups.values()) + 1) if all(len(whole_number_tables(n, groups[d], a, p)) for d,
+        (_, a, p) in printed.items())]
 
-# %% ../../nbs/14_audit.ipynb #b9aed546
+# %% ../../nbs/14_audit.ipynb #e5f612f8
 def confusion_tables(
     groups: dict = TEST_SETS,   # set -> group -> images
     printed: dict = MEASURES,   # set -> disease -> AUC, accuracy, precision in %
@@ -515,40 +546,47 @@ def confusion_tables(
             rows.append([s, d, ", ".join(map(str, sizes)) or "-", groups[s][d], len(t), *span])
     return pd.DataFrame(rows, columns=["set", "disease", "N", "positives", "solutions", "TP", "FP", "FN", "TN"])
 
-def _t2(id, statement, published, **kw): return claim(id, "synthetic-test-sets", "Tables 1 and 2", statement, published, given={"groups": TEST_SETS, "printed": MEASURES}, **kw)
+def _t2(id, statement, published, **kw): return claim(id, "synthetic-test-sets", "Tables 1 and 2", statement, published,
+    given={"groups": TEST_SETS, "printed": MEASURES}, **kw)
 
+@_t2("t2-diseases", "(our explanation) No Findings is left out of Table 2, and the disease groups overlap: N is at most their sum",
+    {s: sum(g.values()) - g["No Findings"] for s, g in TEST_SETS.items()}, relation="at most")
 @_t2("t2-sizes", "Table 2 is measured on the test sets of Table 1, No Findings among them", dict(TEST_TOTALS))
-@_t2("t2-diseases", "(our explanation) No Findings is left out of Table 2, and the disease groups overlap: N is at most their sum", {s: sum(g.values()) - g["No Findings"] for s, g in TEST_SETS.items()}, relation="at most")
 def _t2_sizes(data, published, given):
     "the only N for which all four rows of a set have whole-number confusion tables; groups may overlap, so N can be less than their sum"
     found = {s: possible_sizes(given["groups"][s], given["printed"][s]) for s in published}
-    return Recomputed({s: v[0] if len(v) == 1 else np.nan for s, v in found.items()}, sum(map(len, given["printed"].values())), "; ".join(f"{s}: N = {', '.join(map(str, v)) or 'none'}" for s, v in found.items()))
+    return Recomputed({s: v[0] if len(v) == 1 else np.nan for s, v in found.items()}, sum(map(len, given["printed"].values())),
+        "; ".join(f"{s}: N = {', '.join(map(str, v)) or 'none'}" for s, v in found.items()))
 
 @_t2("t2-tables", "each row of Table 2 gives accuracy and precision of one threshold, on one number of images a set", {"rows with a whole-number table": 12})
 def _(data, published, given):
     "rows for which the search finds a confusion table; how many tables fit is listed apart. The thresholds were chosen on the test sets themselves"
     t = confusion_tables(given["groups"], given["printed"])
     many = t[t.solutions > 1]
-    return Recomputed({"rows with a whole-number table": int((t.solutions > 0).sum())}, len(t), f"unique for {int((t.solutions == 1).sum())}" + "".join(f"; {r.set} {r.disease}: {r.solutions} tables, TP = {r.TP}" for r in many.itertuples()))
+    return Recomputed({"rows with a whole-number table": int((t.solutions > 0).sum())}, len(t),
+        f"unique for {int((t.solutions == 1).sum())}" + "".join(f"; {r.set} {r.disease}: {r.solutions} tables, TP = {r.TP}" for r in many.itertuples()))
 
-# %% ../../nbs/14_audit.ipynb #96299f1d
+# %% ../../nbs/14_audit.ipynb #cd4d81dc
 def _total(id: str):
     "Registers the total of one column of Table 1."
-    @claim(f"t1-{id.lower()}", "synthetic-test-sets", "Table 1", f"the groups of {id} sum to the printed total", {"images": TEST_TOTALS[id]}, given={"groups": TEST_SETS[id]})
+    @claim(f"t1-{id.lower()}", "synthetic-test-sets", "Table 1", f"the groups of {id} sum to the printed total", {"images": TEST_TOTALS[id]},
+        given={"groups": TEST_SETS[id]})
     def _(data, published, given):
         "sum of the five printed groups"
         return Recomputed({"images": sum(given["groups"].values())}, len(given["groups"]))
 
 for _name in TEST_TOTALS: _total(_name)
 
-@claim("t2-higher", "synthetic-test-sets", "section 5.3", "AUC and accuracy are similar or slightly higher on synthetic data for all diseases", {"AUC, points": 0, "accuracy, points": 0}, relation="at least", tolerance=2., given={"printed": MEASURES})
+@claim("t2-higher", "synthetic-test-sets", "section 5.3", "AUC and accuracy are similar or slightly higher on synthetic data for all diseases",
+    {"AUC, points": 0, "accuracy, points": 0}, relation="at least", tolerance=2., given={"printed": MEASURES})
 def _(data, published, given):
     "smallest of the differences synthetic minus real in Table 2, over diseases and the two real sets; similar: not more than 2 points lower"
     t = given["printed"]
     d = {m: {(g, s): t["Synthetic"][g][i] - t[s][g][i] for s in t if s != "Synthetic" for g in t[s]} for i, m in enumerate(("AUC, points", "accuracy, points"))}
-    return Recomputed({m: min(v.values()) for m, v in d.items()}, sum(map(len, d.values())), "; ".join("lowest {}: {} against {}".format(m.split(",")[0], *min(v, key=v.get)) for m, v in d.items()))
+    return Recomputed({m: min(v.values()) for m, v in d.items()}, sum(map(len, d.values())),
+        "; ".join("lowest {}: {} against {}".format(m.split(",")[0], *min(v, key=v.get)) for m, v in d.items()))
 
-# %% ../../nbs/14_audit.ipynb #f762a9ce
+# %% ../../nbs/14_audit.ipynb #c610c05a
 def vae_parameters(
     side: int,  # pixels of the image, a multiple of 32
     z: int = 1024,
@@ -568,13 +606,16 @@ def gan_parameters(
 
 PARAMETERS = {"head": 8_389_632, "decoder": 11_184_033, "generator": 3_606_976, "discriminator": 2_795_904}
 
-@claim("vae-224", "vae-gmvae-gan", "section 4, Table 5", "images are resized to 224 for VAE and GAN", {"VAE, px": 224, "GAN, px": 224}, given={"parameters": PARAMETERS})
+@claim("vae-224", "vae-gmvae-gan", "section 4, Table 5", "images are resized to 224 for VAE and GAN", {"VAE, px": 224, "GAN, px": 224},
+    given={"parameters": PARAMETERS})
 def _(data, published, given):
     "the only side, a multiple of 32 up to 1024, that gives the printed parameter counts of Table 5; none: not a number"
     def side(f, step): return next((s*32 for s in range(1, 33) if all(f(s*step)[k] == given["parameters"][k] for k in f(step))), np.nan)
-    return Recomputed({"VAE, px": side(vae_parameters, 32), "GAN, px": side(gan_parameters, 1)}, len(given["parameters"]), f"at 224 px a head would have {vae_parameters(224)['head']:,} parameters, the generator {gan_parameters(7)['generator']:,}")
+    return Recomputed({"VAE, px": side(vae_parameters, 32), "GAN, px": side(gan_parameters, 1)}, len(given["parameters"]),
+        f"at 224 px a head would have {vae_parameters(224)['head']:,} parameters, the generator {gan_parameters(7)['generator']:,}")
 
-@claim("gmvae-normalisation", "vae-gmvae-gan", "section 4, Table 4", "GMVAE V3 to V6 are normalised, V7 and V8 are not", {"V3": 1, "V4": 1, "V5": 1, "V6": 1, "V7": 0, "V8": 0},
+@claim("gmvae-normalisation", "vae-gmvae-gan", "section 4, Table 4", "GMVAE V3 to V6 are normalised, V7 and V8 are not",
+    {"V3": 1, "V4": 1, "V5": 1, "V6": 1, "V7": 0, "V8": 0},
        given={"Table 4": {"V3": True, "V4": True, "V5": True, "V6": True, "V7": False, "V8": True}})
 def _(data, published, given):
     "the column of Table 4 against the text of section 4"
@@ -598,10 +639,10 @@ def _(data, published, given):
             return Recomputed({"outputs": sum(map(bool, labels))}, len(labels), ", ".join(filter(None, labels)))
     raise NotAtHand(f"torchxrayvision lists no weights called {given['weights']!r}: use a version of it that does")
 
-# %% ../../nbs/14_audit.ipynb #ff322028
+# %% ../../nbs/14_audit.ipynb #5269d825
 @lru_cache
 def silhouettes(
-    separations: tuple = ((1, 0.), (1, 4.), (6, 8.)),  # clouds, and the shift of the second set in standard deviations
+    separations: tuple,  # pairs: clouds, and the shift of the second set in standard deviations
     n: int = 120,      # points of a set
     dim: int = 64,     # dimensions of the features
     seed: int = 0,
@@ -617,21 +658,25 @@ def silhouettes(
         g = np.random.default_rng([seed, clouds])
         x = g.normal(0, 1.5, (clouds, dim))[g.integers(clouds, size=2*n)] + g.normal(size=(2*n, dim))
         x[:, 0] += shift*y
-        with threadpool_limits(1): z = TSNE(3, init="pca", random_state=seed).fit_transform(x)  # one thread: the same sums everywhere, and no waiting for busy cores
-        p = cross_val_predict(LogisticRegression(max_iter=1000), x, y, cv=5, method="decision_function")
+        with threadpool_limits(1):  # one thread: the same sums everywhere, and no waiting for busy cores
+            z = TSNE(3, init="pca", max_iter=400, random_state=seed).fit_transform(x)
+            p = cross_val_predict(LogisticRegression(max_iter=1000), x, y, cv=5, method="decision_function")
         rows.append([clouds, shift, silhouette_score(z, y), silhouette_score(x, y), roc_auc_score(y, p)])
     return pd.DataFrame(rows, columns=["clouds", "shift", "in t-SNE", "in features", "AUROC"])
 
+_CLOUDS = ((1, 0.), (1, 4.), (6, 8.))
 SILHOUETTES = {"Cardiomegaly": .145, "Pleural Effusion": .171, "Atelectasis": .199, "Pneumothorax": .066, "No Findings": .140}
 
-@claim("silhouette-space", "synthetic-test-sets", "section 5.2.1", "a silhouette score on 3-D t-SNE coordinates says how far two sets are apart", {"t-SNE minus features": 0}, tolerance=.05, given={"separations": ((1, 0.), (1, 4.), (6, 8.))})
+@claim("silhouette-space", "synthetic-test-sets", "section 5.2.1", "a silhouette score on 3-D t-SNE coordinates says how far two sets are apart",
+    {"t-SNE minus features": 0}, tolerance=.05, given={"separations": _CLOUDS})
 def _(data, published, given):
     "largest difference of the two silhouettes over clouds of known geometry (seeded; see the table)"
     t = silhouettes(given["separations"])
     d = t["in t-SNE"] - t["in features"]
     return Recomputed({"t-SNE minus features": d[d.abs().idxmax()]}, len(t), f"differences between {d.min():+.3f} and {d.max():+.3f}")
 
-@claim("silhouette-alike", "synthetic-test-sets", "section 5.2.1", "scores of 0.066 to 0.199 show that synthetic and real images are alike", {"AUROC": .5}, tolerance=.1, given={"scores": SILHOUETTES, "separations": ((1, 0.), (1, 4.), (6, 8.))})
+@claim("silhouette-alike", "synthetic-test-sets", "section 5.2.1", "scores of 0.066 to 0.199 show that synthetic and real images are alike", {"AUROC": .5},
+    tolerance=.1, given={"scores": SILHOUETTES, "separations": _CLOUDS})
 def _(data, published, given):
     "the highest AUROC of telling two sets apart whose silhouette in t-SNE is no higher than the published ones; alike: 0.5"
     t, top = silhouettes(given["separations"]), max(given["scores"].values())
@@ -639,7 +684,7 @@ def _(data, published, given):
     if low.empty: raise NotAtHand(f"no setting of the experiment has a silhouette of {top} or less: add one with a smaller shift")
     return Recomputed({"AUROC": low.AUROC.max()}, len(low), f"{len(low)} settings with a silhouette up to {top}")
 
-# %% ../../nbs/14_audit.ipynb #6213a7ca
+# %% ../../nbs/14_audit.ipynb #e8c777bd
 def _release(id: str, place: str, statement: str, published: dict, f, how: str):
     "Registers what a publisher says about a release; f(data) gives the numbers and how many rows they rest on."
     def run(data, published, given): return Recomputed(*f(data))
@@ -648,7 +693,8 @@ def _release(id: str, place: str, statement: str, published: dict, f, how: str):
 def _nih_size(d):
     t = d.table("nih", "Finding Labels", "Patient ID", "Patient Gender", "View Position")
     view, sex = t["View Position"].value_counts(), t["Patient Gender"].value_counts()
-    return {"images": len(t), "patients": t["Patient ID"].nunique(), "No Finding": int((t["Finding Labels"] == "No Finding").sum()), "PA": int(view.get("PA", 0)), "AP": int(view.get("AP", 0)), "M": int(sex.get("M", 0)), "F": int(sex.get("F", 0))}, len(t)
+    return {"images": len(t), "patients": t["Patient ID"].nunique(), "No Finding": int((t["Finding Labels"] == "No Finding").sum()),
+        "PA": int(view.get("PA", 0)), "AP": int(view.get("AP", 0)), "M": int(sex.get("M", 0)), "F": int(sex.get("F", 0))}, len(t)
 
 def _boxes_size(d):
     b = d.table("nih_boxes", "Image Index", "Finding Label"); i = b["Image Index"]
@@ -656,7 +702,8 @@ def _boxes_size(d):
 
 def _vindr_size(d):
     t = d.table("vindr", "image_id", "class_name", "rad_id"); no = t[t.class_name == "No finding"]; readers = t.groupby("image_id").rad_id.nunique()
-    return {"rows": len(t), "images": len(readers), "readers": t.rad_id.nunique(), "fewest readers of an image": readers.min(), "most": readers.max(), "No finding, rows": len(no), "No finding, images": no.image_id.nunique()}, len(t)
+    return {"rows": len(t), "images": len(readers), "readers": t.rad_id.nunique(), "fewest readers of an image": readers.min(), "most": readers.max(),
+        "No finding, rows": len(no), "No finding, images": no.image_id.nunique()}, len(t)
 
 def _chexpert_size(d):
     t = d.table("chexpert", "Path", "Frontal/Lateral")
@@ -670,18 +717,28 @@ def _rsna_size(d):
     t = d.table("rsna", "patientId", "Target")
     return {"patients": t.patientId.nunique(), "positive": t[t.Target == 1].patientId.nunique()}, len(t)
 
-_release("nih", "NIH ChestX-ray14", "images, patients, views and sex", {"images": 112120, "patients": 30805, "No Finding": 60361, "PA": 67310, "AP": 44810, "M": 63340, "F": 48780}, _nih_size, "rows of Data_Entry_2017_v2020.csv")
-_release("nih-boxes", "NIH ChestX-ray14", "boxes of eight findings", {"boxes": 984, "images": 880, "patients": 726, "findings": 8}, _boxes_size, "rows of BBox_List_2017.csv; the patient is the file name up to the underscore")
-_release("google", "Google, expert labels of NIH", "expert labels for 4,376 images", {"images": 4376}, lambda d: ({"images": (t := d.table("google", "Image Index"))["Image Index"].nunique()}, len(t)), "distinct images of the label file")
-_release("vindr", "VinBigData, train", "17 readers, three an image", {"rows": 67914, "images": 15000, "readers": 17, "fewest readers of an image": 3, "most": 3, "No finding, rows": 31818, "No finding, images": 10606}, _vindr_size, "rows of vinbigdata-train.csv")
-_release("chexpert", "CheXpert, train", "images, frontal images, patients", {"images": 223414, "frontal": 191027, "patients": 64540}, _chexpert_size, "rows of chexpert_train.csv; the patient is part of the path")
-_release("siim", "SIIM-ACR pneumothorax, train", "images, and those with a pneumothorax mask", {"images": 12047, "with a mask": 2669}, _siim_size, "distinct images of the run-length file; -1 is no mask")
-_release("rsna", "RSNA pneumonia, train", "patients, and those with pneumonia", {"patients": 26684, "positive": 6012}, _rsna_size, "distinct patients of stage_2_train_labels.csv")
+# %% ../../nbs/14_audit.ipynb #6eb50e2a
+_release("nih", "NIH ChestX-ray14", "images, patients, views and sex",
+    {"images": 112120, "patients": 30805, "No Finding": 60361, "PA": 67310, "AP": 44810, "M": 63340, "F": 48780}, _nih_size, "rows of Data_Entry_2017_v2020.csv")
+_release("nih-boxes", "NIH ChestX-ray14", "boxes of eight findings", {"boxes": 984, "images": 880, "patients": 726, "findings": 8}, _boxes_size,
+    "rows of BBox_List_2017.csv; the patient is the file name up to the underscore")
+_release("google", "Google, expert labels of NIH", "expert labels for 4,376 images", {"images": 4376},
+    lambda d: ({"images": (t := d.table("google", "Image Index"))["Image Index"].nunique()}, len(t)), "distinct images of the label file")
+_release("vindr", "VinBigData, train", "17 readers, three an image",
+    {"rows": 67914, "images": 15000, "readers": 17, "fewest readers of an image": 3, "most": 3, "No finding, rows": 31818,
+    "No finding, images": 10606}, _vindr_size, "rows of vinbigdata-train.csv")
+_release("chexpert", "CheXpert, train", "images, frontal images, patients", {"images": 223414, "frontal": 191027, "patients": 64540}, _chexpert_size,
+    "rows of chexpert_train.csv; the patient is part of the path")
+_release("siim", "SIIM-ACR pneumothorax, train", "images, and those with a pneumothorax mask", {"images": 12047, "with a mask": 2669}, _siim_size,
+    "distinct images of the run-length file; -1 is no mask")
+_release("rsna", "RSNA pneumonia, train", "patients, and those with pneumonia", {"patients": 26684, "positive": 6012}, _rsna_size,
+    "distinct patients of stage_2_train_labels.csv")
 _release("padchest", "PadChest", "records", {"records": 160861}, lambda d: ({"records": len(t := d.table("padchest", "ImageID"))}, len(t)), "records of the CSV")
-_release("openi", "OpenI (NLMCXR)", "reports", {"reports": 3955}, lambda d: ({"reports": (k := sum(m.endswith(".xml") for m in d.members("openi")))}, k), "XML files of the archive")
+_release("openi", "OpenI (NLMCXR)", "reports", {"reports": 3955}, lambda d: ({"reports": (k := sum(m.endswith(".xml") for m in d.members("openi")))}, k),
+    "XML files of the archive")
 _release("v7", "V7 lung masks", "files", {"files": 517}, lambda d: ({"files": (k := len(d.members("v7")))}, k), "files of the archive")
 
-# %% ../../nbs/14_audit.ipynb #4f44beef
+# %% ../../nbs/14_audit.ipynb #6df7d84f
 def ledger(
     folder: str | Path | None = None,  # folder with `FILES`; None: the wheel's
     lt_csv: str = "",                  # CSV of NIH-CXR-LT
@@ -691,7 +748,8 @@ def ledger(
     if outcomes is None:
         data = Metadata(folder, lt_csv)
         outcomes = [check(c, data) for c in CLAIMS.values()]
-    return pd.DataFrame([dict(id=o.claim.id, paper=o.claim.paper, place=o.claim.place, statement=o.claim.statement, published=o.published, recomputed=o.recomputed, relation=o.claim.relation,
+    return pd.DataFrame([dict(id=o.claim.id, paper=o.claim.paper, place=o.claim.place, statement=o.claim.statement, published=o.published,
+        recomputed=o.recomputed, relation=o.claim.relation,
                               tolerance=o.claim.tolerance, verdict=o.verdict, how=o.claim.how, note=o.note, n=o.n) for o in outcomes])
 
 def _number(v: float) -> str: return "none" if v != v else f"{v:,.0f}" if v == round(v) else f"{v:.4f}" if abs(v) < 1 else f"{v:.2f}"
@@ -701,7 +759,8 @@ def readable(
 ) -> pd.DataFrame:
     "The ledger with its numbers as text."
     line = lambda d: "; ".join(f"{k}: {_number(v)}" for k, v in d.items()) or "–"
-    return rows.assign(published=rows.published.map(line), recomputed=rows.recomputed.map(line), tolerance=[f"{r}, ± {t:g}" if r == "equal" else f"{r}, margin {t:g}" for r, t in zip(rows.relation, rows.tolerance)]).drop(columns="relation")
+    return rows.assign(published=rows.published.map(line), recomputed=rows.recomputed.map(line),
+        tolerance=[f"{r}, ± {t:g}" if r == "equal" else f"{r}, margin {t:g}" for r, t in zip(rows.relation, rows.tolerance)]).drop(columns="relation")
 
 def ledger_html(
     rows: pd.DataFrame,  # of `ledger`
@@ -709,8 +768,10 @@ def ledger_html(
     "The ledger as an HTML table that scrolls within its own frame and wraps long text."
     colour = {REPRODUCED: "#1a7f37", CONTRADICTED: "#b42318", UNTESTED: "#7a6a00"}
     t, cell = readable(rows), lambda s: html.escape(str(s))
-    head = "".join(f'<th style="min-width:{w}em;text-align:left;vertical-align:bottom;padding:.3em .6em">{c}</th>' for c, w in (("verdict", 7), ("claim", 16), ("published", 14), ("recomputed", 14), ("how, and what was seen", 20)))
+    head = "".join(f'<th style="min-width:{w}em;text-align:left;vertical-align:bottom;padding:.3em .6em">{c}</th>' for c,
+        w in (("verdict", 7), ("claim", 16), ("published", 14), ("recomputed", 14), ("how, and what was seen", 20)))
     body = "".join("<tr>" + "".join(f'<td style="text-align:left;vertical-align:top;white-space:normal;overflow-wrap:anywhere;padding:.3em .6em">{x}</td>' for x in (
         f'<b style="color:{colour[r.verdict]}">{cell(r.verdict)}</b>', f"{cell(r.statement)}<br><small>{cell(r.paper)}, {cell(r.place)} [{cell(r.id)}]</small>",
-        f"{cell(r.published)}<br><small>{cell(r.tolerance)}</small>", cell(r.recomputed), cell(r.how) + (f"<br><i>{cell(r.note)}</i>" if r.note else ""))) + "</tr>" for r in t.itertuples())
+        f"{cell(r.published)}<br><small>{cell(r.tolerance)}</small>", cell(r.recomputed), cell(r.how) + (f"<br><i>{cell(r.note)}</i>"
+            if r.note else ""))) + "</tr>" for r in t.itertuples())
     return f'<div style="overflow-x:auto;max-width:100%"><table style="font-size:85%;border-collapse:collapse;min-width:60em"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
