@@ -7,8 +7,8 @@ __all__ = ['MAX_PIXELS', 'MIN_SIDE', 'IMAGENET_MEAN', 'IMAGENET_STD', 'SCHEMA', 
            'box_in_window', 'box_in_set', 'normalise_imagenet', 'RadiographSet', 'open_set', 'write_set', 'as_is',
            'RadiographData', 'build_set']
 
-# %% ../../nbs/12_images.ipynb #bd5ff168
-import errno, hashlib, io, json, os, shutil
+# %% ../../nbs/12_images.ipynb #d2c75621
+import errno, hashlib, io, json, os, shutil, struct
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from ..core import atomic, sha256, to_unit, write_json
 from .sources import BOX, Release, as_annotations, decode_rle, findings_of, validate
 
-# %% ../../nbs/12_images.ipynb #8f2afb8b
+# %% ../../nbs/12_images.ipynb #8d744d38
 MAX_PIXELS = 2**26   # no detector has more; a header that claims more is damaged or hostile
 MIN_SIDE = 16        # px; anything smaller is an icon
 
@@ -44,9 +44,8 @@ def _to_8_bits(x: np.ndarray, bits: int | None) -> np.ndarray:
 def _picture(data: bytes, bits: int | None) -> np.ndarray:
     kind, end = ("PNG", b"IEND\xaeB`\x82") if data[:1] == b"\x89" else ("JPEG", b"\xff\xd9")
     if data.rfind(end) < 0: raise ValueError(f"the {kind} is cut off (its end mark is missing); copy the file again")
-    try: w, h = Image.open(io.BytesIO(data)).size
-    except Image.DecompressionBombError: raise ValueError(f"the header claims more than {MAX_PIXELS} px; the file is damaged") from None
-    except (OSError, SyntaxError, ValueError) as e: raise ValueError(f"the {kind}'s header is damaged ({e}); copy the file again") from None
+    try: w, h = struct.unpack(">II", data[16:24]) if kind == "PNG" else Image.open(io.BytesIO(data)).size
+    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as e: raise ValueError(f"the {kind}'s header is damaged ({type(e).__name__}); copy the file again") from None
     _check_size(w, h)
     try: x = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_ANYDEPTH | cv2.IMREAD_ANYCOLOR)
     except cv2.error as e: raise ValueError(f"the {kind} cannot be decoded ({e.err})") from None
