@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from ..core import atomic, sha256, to_unit, write_json
 from .sources import BOX, Release, as_annotations, decode_rle, findings_of, validate
 
-# %% ../../nbs/12_images.ipynb #8d744d38
+# %% ../../nbs/12_images.ipynb #4a387a48
 MAX_PIXELS = 2**26   # no detector has more; a header that claims more is damaged or hostile
 MIN_SIDE = 16        # px; anything smaller is an icon
 
@@ -35,12 +35,14 @@ def _check_size(w: int, h: int) -> None:
     if min(w, h) < MIN_SIDE: raise ValueError(f"the image is {w} x {h} px; a radiograph has at least {MIN_SIDE} px a side")
     if w*h > MAX_PIXELS: raise ValueError(f"the header claims {w} x {h} px, more than any detector has ({MAX_PIXELS} px); the file is damaged")
 
+# %% ../../nbs/12_images.ipynb #21c3b833
 def _to_8_bits(x: np.ndarray, bits: int | None) -> np.ndarray:
     top = int(x.max())
     bits = bits or next(b for b in (8, 10, 12, 14, 16) if top < 2**b)
     if top >= 2**bits: raise ValueError(f"a pixel is {top}, more than {bits} bits hold; give the right `bits`")
     return cv2.convertScaleAbs(x, alpha=255/(2**bits - 1))
 
+# %% ../../nbs/12_images.ipynb #c8376de8
 def _picture(data: bytes, bits: int | None) -> np.ndarray:
     kind, end = ("PNG", b"IEND\xaeB`\x82") if data[:1] == b"\x89" else ("JPEG", b"\xff\xd9")
     if data.rfind(end) < 0: raise ValueError(f"the {kind} is cut off (its end mark is missing); copy the file again")
@@ -53,7 +55,7 @@ def _picture(data: bytes, bits: int | None) -> np.ndarray:
     x = cv2.cvtColor(x, cv2.COLOR_BGR2GRAY) if x.ndim == 3 else x
     return x if x.dtype == np.uint8 else _to_8_bits(x, bits)
 
-# %% ../../nbs/12_images.ipynb #552e676f
+# %% ../../nbs/12_images.ipynb #ea37aee1
 _TAGS = """SamplesPerPixel PhotometricInterpretation NumberOfFrames PlanarConfiguration Rows Columns BitsAllocated BitsStored HighBit PixelRepresentation ExtendedOffsetTable ExtendedOffsetTableLengths
 PixelData RescaleSlope RescaleIntercept RescaleType ModalityLUTSequence WindowCenter WindowWidth VOILUTFunction VOILUTSequence""".split()
 
@@ -67,12 +69,14 @@ def _voi(v: np.ndarray, ds) -> tuple[np.ndarray, float, float]:  # shown values,
         return apply_windowing(v, ds), *apply_windowing(np.array([-1e12, 1e12]), ds)
     return v, v.min(), v.max()
 
+# %% ../../nbs/12_images.ipynb #049566b5
 def _shown(x: np.ndarray, ds) -> np.ndarray:
     stored = np.arange(int(x.min()), int(x.max()) + 1)
     v, lo, hi = _voi(apply_modality_lut(stored, ds), ds)
     grey = (np.clip((v - lo)/(hi - lo or 1), 0, 1)*255).round().astype(np.uint8)
     return (255 - grey if ds.PhotometricInterpretation == "MONOCHROME1" else grey)[x.astype(np.int32) - stored[0]]
 
+# %% ../../nbs/12_images.ipynb #f178b97a
 def _dicom(data: bytes) -> np.ndarray:
     try: ds = dcmread(io.BytesIO(data), specific_tags=_TAGS)
     except Exception as e: raise ValueError(f"the DICOM cannot be parsed ({type(e).__name__}); it is damaged or cut off, copy it again") from None
@@ -99,13 +103,14 @@ def read_image(
         raise ValueError("the file is neither PNG, JPEG nor DICOM" if data else "the file is empty; copy it again")
     except ValueError as e: raise ValueError(f"{path}: {e}") from e.__cause__
 
-# %% ../../nbs/12_images.ipynb #5f2f3bd0
+# %% ../../nbs/12_images.ipynb #c97655c9
 def _resized(width, height, size: int, crop: bool):  # width and height after resizing, and where the centre square begins
     width, height = np.asarray(width), np.asarray(height)
     if not crop: return (s := np.full_like(width, size)), s, s*0, s*0
     w, h = (np.maximum(size, size*a//np.minimum(width, height)) for a in (width, height))
     return w, h, (w - size)//2, (h - size)//2
 
+# %% ../../nbs/12_images.ipynb #1df61d88
 def preprocess(
     image: np.ndarray,       # uint8 [h w]
     size: int,               # side of the result, px
@@ -117,6 +122,7 @@ def preprocess(
     small = cv2.resize(image, (int(w), int(h)), interpolation=cv2.INTER_AREA if min(image.shape) >= size else cv2.INTER_LINEAR)[y:y + size, x:x + size]
     return cv2.equalizeHist(small) if equalise else np.ascontiguousarray(small)
 
+# %% ../../nbs/12_images.ipynb #894aa89f
 def crop_window(
     width: int | np.ndarray,   # of the file that was read, px; one or [n]
     height: int | np.ndarray,  # of the file that was read, px; one or [n]
@@ -127,6 +133,7 @@ def crop_window(
     w, h, x, y = _resized(width, height, size, crop)
     return np.stack([x/w, y/h, (x + size)/w, (y + size)/h], axis=-1)
 
+# %% ../../nbs/12_images.ipynb #be5c74e8
 def box_in_window(
     box: np.ndarray,     # x0 y0 x1 y1 as fractions of the whole original, [4] or [n 4]
     window: np.ndarray,  # what the cached image shows of it, same shape
@@ -137,6 +144,7 @@ def box_in_window(
     p = np.clip((box - window[..., [0, 1, 0, 1]])/np.tile(window[..., 2:] - window[..., :2], 2)*size, 0, size)
     return np.where(((p[..., 2:] > p[..., :2]).all(-1))[..., None], p, np.nan)
 
+# %% ../../nbs/12_images.ipynb #aa897fff
 def box_in_set(box: np.ndarray, width: int | np.ndarray, height: int | np.ndarray, size: int, crop: bool = True) -> np.ndarray:
     "`box_in_window` for the window of `preprocess`; `width` and `height` are those of the file that was read (NIH's files are square whatever the original was)."
     return box_in_window(box, crop_window(width, height, size, crop), size)
@@ -284,7 +292,7 @@ class RadiographData(torch.utils.data.Dataset):
         if not -len(self) <= position < len(self): raise IndexError(f"image {position} of {len(self)}")
         return {k: v[0] for k, v in self.__getitems__([position]).items()}
 
-# %% ../../nbs/12_images.ipynb #b1c6c1f8
+# %% ../../nbs/12_images.ipynb #7eb4e520
 def _job(path: Path, job: dict, manifest: pd.DataFrame) -> None:
     "States what is being built. Raises `ValueError` where the folder holds an unfinished build of something else."
     job = job | dict(files=hashlib.sha256(manifest[["image_id", "path"]].to_csv(index=False).encode()).hexdigest())
@@ -292,6 +300,7 @@ def _job(path: Path, job: dict, manifest: pd.DataFrame) -> None:
     if differ := [k for k, v in json.loads((path/"build.json").read_text()).items() if job.get(k) != v]:
         raise ValueError(f"{path} holds an unfinished build with another {', '.join(differ)}; finish it with those settings, delete the folder, or give another one")
 
+# %% ../../nbs/12_images.ipynb #908563d4
 def _read_all(path: Path, todo: np.ndarray, one, size: int, workers: int, may_fail: int, chunk: int = 128) -> dict[int, str]:  # reasons of the rejected rows
     "Reads the rows in `todo` into images.part and sizes.part; stops once more than `may_fail` were rejected."
     rejects = {}
@@ -309,7 +318,7 @@ def _read_all(path: Path, todo: np.ndarray, one, size: int, workers: int, may_fa
             if len(rejects) > may_fail: break
     return rejects
 
-# %% ../../nbs/12_images.ipynb #92219aa7
+# %% ../../nbs/12_images.ipynb #e4a3af83
 def _masks(release: Release, annotations: pd.DataFrame, wh: pd.DataFrame, size: int, crop: bool) -> tuple[pd.DataFrame, np.ndarray | None]:
     "The masks that the annotations refer to, preprocessed as their images (`wh`: size of each file by image_id), and the annotations renumbered."
     used = annotations.dropna(subset="mask").drop_duplicates("mask")
@@ -320,6 +329,7 @@ def _masks(release: Release, annotations: pd.DataFrame, wh: pd.DataFrame, size: 
         masks[k] = preprocess(whole, size, crop) > 127
     return annotations.assign(mask=annotations["mask"].map(dict(zip(used["mask"], range(len(used))))).astype("Int64")), masks
 
+# %% ../../nbs/12_images.ipynb #ef59515e
 def _finish(release: Release, path: Path, m: pd.DataFrame, rejects: dict[int, str], may_fail: int, job: dict) -> RadiographSet:
     "From images.part and sizes.part to the set. Raises `ValueError` where more than `may_fail` images were rejected."
     bad, size = m.iloc[list(rejects)], job["size"]
