@@ -334,19 +334,19 @@ def plot_log(log: pd.DataFrame) -> plt.Figure:
     plt.close(fig)
     return fig
 
-# %% ../nbs/01_train.ipynb #e0fa72f3
+# %% ../nbs/01_train.ipynb #0e30b429
 def _live() -> bool:  # in the kernel of a notebook that someone has open; papermill's has no session
     return "JPY_SESSION_NAME" in os.environ and "ipykernel" in sys.modules
 
 class Progress(Callback):
     "A bar on stderr; in an open notebook also the plot of the log, redrawn every `every` seconds."
-    def __init__(self, every: float = 4.): self.every = every
+    def __init__(self, every: float = 4.): self.every, self.bar, self.handle = every, None, None
     def before_fit(self, s: State) -> None:
         self.live = _live()
         if self.live: from tqdm.auto import tqdm
         else: from tqdm import tqdm
         self.bar = tqdm(total=s.steps, initial=s.step, unit="step", disable=not s.main, mininterval=.5 if self.live or sys.stderr.isatty() else 30)
-        self.handle, self.last = None, time.monotonic()
+        self.last = time.monotonic()
     def after_step(self, s: State) -> None:
         self.bar.update()
         if self.live and s.main and s.rows and time.monotonic() > self.last + self.every: self.draw(s)
@@ -357,8 +357,8 @@ class Progress(Callback):
         else: self.handle.update(fig)
         self.last = time.monotonic()
     def after_fit(self, s: State) -> None:
-        self.bar.close()
-        if self.handle is not None: self.draw(s)
+        if self.bar is not None: self.bar.close()
+        if self.handle is not None: self.draw(s); self.handle = None
 
 # %% ../nbs/01_train.ipynb #bb5da7b4
 def processes() -> PartialState:  # its `process_index`, `num_processes`, `device`, `is_main_process`

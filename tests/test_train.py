@@ -238,7 +238,7 @@ def test_a_schedule_scales_the_rate_and_refuses_a_plateau(tmp_path):
     kw = dict(steps=8, batch_size=8, seed=0, optimizers=.1, schedule=lambda s: 1 - s/8, progress=False, device="cpu")
     h = fit(Net(), Images(), out=tmp_path/"a", **kw)
     assert h.log["lr"].tolist() == pytest.approx([.1*(1 - s/8) for s in range(8)])
-    with pytest.raises(ValueError, match="give one of them"): fit(Net(), Images(), out=tmp_path/"b", callbacks=[Plateau("val")], **kw)
+    with pytest.raises(ValueError, match="give one of them"): fit(Net(), Images(), out=tmp_path/"b", callbacks=[Plateau("val")], **{**kw, "progress": True})
 
 
 def test_losses_without_a_gradient_and_unknown_phases_are_said(tmp_path):
