@@ -8,8 +8,8 @@ import pytest
 
 from cxr_nb.core import repo_root, rng
 from cxr_nb.data import phantom
-from cxr_nb.data.phantom import FINDINGS, draw_findings, load_ct, locked_split, open_dataset, phantom_set, schedule, simulate
-from cxr_nb.data.sources import Release, as_annotations, as_manifest, check_patients
+from cxr_nb.data.phantom import FINDINGS, draw_findings, load_ct, open_dataset, phantom_set, schedule, simulate
+from cxr_nb.data.sources import Release, as_annotations, as_manifest, check_patients, split_release
 
 SAMPLE = repo_root().parent/"shared"/"data"/"nih-sample"
 
@@ -95,7 +95,7 @@ def test_two_callers_at_once_get_one_set(cache, monkeypatch):
 
 
 def test_locked_images_become_the_test_split_whatever_the_official_one(release):
-    m = locked_split(release).manifest
+    m = split_release(release).manifest
     assert set(m.patient_id[m.split == "test"]) == {f"{p:08d}" for p in range(5)} and set(m.split) == {"train", "val", "test"}
     check_patients(m)
 
@@ -104,9 +104,9 @@ def test_a_split_file_with_an_odd_value_or_too_few_images_is_refused(release):
     path = release.root/"split.csv"
     t = pd.read_csv(path)
     t.assign(split=t.split.replace("lock", "held")).to_csv(path, index=False)
-    with pytest.raises(ValueError, match=r"split.csv: row 1 \(00000000_000.png\), column split: 'held'"): locked_split(release)
+    with pytest.raises(ValueError, match=r"split.csv: row 1 \(00000000_000.png\), column split: 'held'"): split_release(release)
     t[1:].to_csv(path, index=False)
-    with pytest.raises(ValueError, match="1 images of the release are not in it"): locked_split(release)
+    with pytest.raises(ValueError, match="1 images of the release are not in it"): split_release(release)
 
 
 @pytest.mark.skipif(not SAMPLE.exists(), reason=f"no sample of real radiographs at {SAMPLE}")

@@ -6,12 +6,13 @@
 __all__ = ['MANIFEST', 'META', 'ANNOTATIONS', 'ANNOTATION', 'BOX', 'SOURCES', 'METADATA', 'findings_of', 'as_manifest',
            'as_annotations', 'validate', 'check_patients', 'split_by_patient', 'Release', 'read_nih', 'read_google2019',
            'read_chexpert', 'read_mimic', 'read_vindr', 'read_padchest', 'decode_rle', 'encode_rle', 'rle_box',
-           'read_siim', 'read_rsna', 'read_openi', 'read_folder', 'read_source', 'metadata_folder', 'read_metadata']
+           'read_siim', 'read_rsna', 'read_openi', 'read_folder', 'read_source', 'metadata_folder', 'read_metadata',
+           'split_release']
 
-# %% ../../nbs/11_sources.ipynb #c0581a67
+# %% ../../nbs/11_sources.ipynb #92048436
 import ast, collections, difflib, importlib.util, inspect, os, re, tarfile
 import xml.etree.ElementTree as ET
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -51,11 +52,11 @@ MANIFEST = pa.DataFrameSchema({
     "text": _column(_TEXT), "generator": _column(_TEXT), "seed": _column(_INT), "parent": _column(_TEXT), "path": _column(_TEXT)})
 META: tuple[str, ...] = tuple(MANIFEST.columns)
 
-# %% ../../nbs/11_sources.ipynb #cceba7f6
+# %% ../../nbs/11_sources.ipynb #0a977dc3
 _fraction = pa.Check.in_range(0, 1, error="is outside the image (boxes are fractions of it, 0 to 1)")
 ANNOTATIONS = pa.DataFrameSchema({
     "image_id": _column(_TEXT, nullable=False), "kind": _column(_TEXT, _one_of("finding", "anatomy"), nullable=False), "finding": _column(_TEXT, _filled, nullable=False),
-    "value": _column(float, _one_of(0., 1.)), "reader": _column(_TEXT), "side": _column(_TEXT, _one_of("left", "right")), "site": _column(_TEXT), "severity": _column(_TEXT),
+    "value": _column(float, _one_of(0., 1.)), "reader": _column(_TEXT), "side": _column(_TEXT, _one_of("left", "right")), "site": _column(_TEXT), "severity": _column(float, pa.Check.in_range(0, 1, error="is no severity between 0 and 1")),
     **{c: _column(float, _fraction) for c in ("x0", "y0", "x1", "y1")}, "mask": _column(_INT, pa.Check.ge(0, error="is negative"))})
 ANNOTATION: tuple[str, ...] = tuple(ANNOTATIONS.columns)
 BOX = ["x0", "y0", "x1", "y1"]
@@ -137,14 +138,14 @@ def check_patients(manifest: pd.DataFrame, file: str = "manifest") -> None:
         who = twice.iloc[0]; where = " and ".join(twice.split[(twice.source == who.source) & (twice.patient_id == who.patient_id)])
         raise ValueError(f"{file}: patient {who.patient_id} is in {where} ({twice.drop_duplicates(['source', 'patient_id']).shape[0]} such patients); give every patient one split")
 
-# %% ../../nbs/11_sources.ipynb #fc32a821
+# %% ../../nbs/11_sources.ipynb #a39d2d68
 def split_by_patient(
     manifest: pd.DataFrame,
     fractions: dict[str, float] = {"train": .7, "val": .1, "test": .2},  # shares of the patients without a split; they sum to 1
     seed: int = 0,
-    val_of_train: float = 0.,  # share of the official training patients to move to "val", for sources whose lists have only train and test; 0 ... 1
-) -> pd.DataFrame:             # a copy with every split filled
-    "Gives a split to every patient that has none; official splits are kept. Raises `ValueError` for fractions that do not sum to 1 and for patients in two splits."
+    val_of_train: float = .125,  # where no patient is in "val" (the lists of NIH have train and test only): the share of the training patients that goes there
+) -> pd.DataFrame:               # a copy with every split filled
+    "Gives a split to every patient that has none; official splits are kept, but for a validation part where the lists have none. Raises `ValueError` for fractions that do not sum to 1 and for patients in two splits."
     if abs(sum(fractions.values()) - 1) > 1e-9 or not set(fractions) <= {"train", "val", "test"}: raise ValueError(f"fractions are shares of train, val and test that sum to 1, not {fractions}")
     check_patients(manifest)
     key = manifest.source + "/" + manifest.patient_id
@@ -153,8 +154,9 @@ def split_by_patient(
     free = r.permutation(official.index[official.isna()])
     edges = np.round(np.cumsum(list(fractions.values()))*len(free)).astype(int)
     chosen = official.dropna().to_dict() | {p: s for s, part in zip(fractions, np.split(free, edges[:-1])) for p in part}
-    train = r.permutation(official.index[official == "train"])
-    chosen |= dict.fromkeys(train[:round(val_of_train*len(train))], "val")
+    if "val" not in chosen.values():
+        train = r.permutation([p for p, s in chosen.items() if s == "train"])
+        chosen |= dict.fromkeys(train[:round(val_of_train*len(train))], "val")
     return manifest.assign(split=key.map(chosen).astype(_TEXT))
 
 # %% ../../nbs/11_sources.ipynb #9ff32c76
@@ -725,3 +727,22 @@ def read_metadata(
     "Reads the tables of a collection without its images. Raises as `read_source` does."
     if not folder and name not in METADATA: raise ValueError(f"torchxrayvision carries no table of {name!r}; it has those of: {', '.join(METADATA)}")
     return read_source(name, folder or metadata_folder(), missing="metadata", **options)
+
+# %% ../../nbs/11_sources.ipynb #93265bb7
+def split_release(
+    release: Release,
+    **options,        # of `split_by_patient`
+) -> Release:         # the same with every split filled
+    "Splits a release by its `split.csv` (tune, lock), else by its own lists, else by patient. Raises `ValueError` for other values in the file and for images that it lacks."
+    path = Path(release.root)/"split.csv"
+    if not path.exists(): return replace(release, manifest=split_by_patient(release.manifest, **options))
+    t = pd.read_csv(path, dtype=str)
+    if missing := {"Image Index", "split"} - set(t): raise ValueError(f"{path}: there is no column {min(missing)!r}; it has Image Index and split (tune or lock)")
+    if len(odd := t[~t["split"].isin(["tune", "lock"])]):
+        raise ValueError(f"{path}: row {odd.index[0] + 1} ({odd['Image Index'].iloc[0]}), column split: {odd['split'].iloc[0]!r} is neither tune nor lock")
+    name = release.manifest.path.map(lambda p: Path(p).name, na_action="ignore")
+    kind = name.map(t.drop_duplicates("Image Index").set_index("Image Index")["split"])
+    if kind.isna().any():
+        raise ValueError(f"{path}: {kind.isna().sum()} images of the release are not in it (the first: {name[kind.isna()].iloc[0]}); name them, or remove the file to split by patient")
+    split = kind.map({"lock": "test", "tune": "train"}).astype(_TEXT)
+    return replace(release, manifest=split_by_patient(release.manifest.assign(split=split), **options))
