@@ -7,8 +7,8 @@ __all__ = ['repo_root', 'cache_dir', 'rng', 'torch_rng', 'seeded', 'default_devi
            'read_parameters', 'check_parameters', 'git_state', 'package_versions', 'Run', 'to_uint8', 'to_unit',
            'image_grid']
 
-# %% ../nbs/00_core.ipynb #531175ec
-import ast, difflib, errno, hashlib, importlib.metadata, json, os, platform, resource, subprocess, sys, time, zlib
+# %% ../nbs/00_core.ipynb #2a4494e7
+import ast, difflib, errno, hashlib, importlib.metadata, json, os, platform, resource, shutil, subprocess, sys, time, zlib
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Iterator
@@ -136,7 +136,7 @@ def package_versions() -> dict[str, str]:
     have = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions() if d.metadata["Name"]}
     return {"python": platform.python_version()} | {p: have[p] for p in _PACKAGES if p in have}
 
-# %% ../nbs/00_core.ipynb #b05b6a62
+# %% ../nbs/00_core.ipynb #dbf824be
 class Run:
     "The record of one run of a stage: parameters, environment, inputs, metrics, tables and figures, written to `run.json` by `finish`."
     def __init__(self,
@@ -147,7 +147,11 @@ class Run:
         names = read_parameters(self.root/"nbs"/f"{stage}.ipynb")
         self.parameters = {k: scope[k] for k in names}
         self.seed = int(scope["seed"])
-        self.dir = Path(scope["out"] or self.root/"reports"/"runs"/"alone"/stage).resolve()
+        alone = self.root/"reports"/"runs"/"alone"
+        self.dir = Path(scope["out"] or alone/stage).resolve()
+        if not scope["out"] and self.dir.exists():  # a run without a folder of its own starts afresh; the one before it is kept
+            shutil.rmtree(alone/".previous"/stage, ignore_errors=True)
+            (alone/".previous").mkdir(exist_ok=True); os.replace(self.dir, alone/".previous"/stage)
         self.dir.mkdir(parents=True, exist_ok=True)
         if (self.dir/"run.json").exists(): os.replace(self.dir/"run.json", self.dir/"run.previous.json")
         self.metrics, self.costs, self.tables, self.figures, self.sets = [], [], [], [], []

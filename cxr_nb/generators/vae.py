@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Encoder', 'Decoder', 'kl_to_standard', 'VAE', 'encode_set', 'fit_prior', 'train_vae', 'active_units',
-           'squared_errors']
+           'squared_errors', 'spread']
 
 # %% ../../nbs/31_vae.ipynb #756ad285
 from pathlib import Path
@@ -175,3 +175,15 @@ def squared_errors(
     "Reconstruction error of each image, from the mean of its posterior."
     x = to_unit(torch.from_numpy(data.images[rows])[:, None])
     return np.concatenate([((vae.reconstruct(b.to(vae.prior_mean.device)).cpu() - b)**2).mean((1, 2, 3)).numpy() for b in x.split(64)])
+
+# %% ../../nbs/31_vae.ipynb #8ec49b54
+def spread(
+    images: np.ndarray,                 # uint8 or float, [n h w]
+    weights: np.ndarray | None = None,  # how often each image counts in each resample, [b n]
+) -> float | np.ndarray:                # in the images' unit; one a resample with weights
+    "Standard deviation over images, averaged over pixels."
+    x = images.reshape(len(images), -1).astype(float)
+    w = np.ones((1, len(x))) if weights is None else weights
+    total = w.sum(1, keepdims=True)
+    s = np.sqrt(((w @ x**2)/total - ((w @ x)/total)**2).clip(0)).mean(1)
+    return float(s[0]) if weights is None else s

@@ -20,7 +20,7 @@ from sklearn.metrics import roc_curve
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
-# %% ../../nbs/22_diagnosis.ipynb #34c11a93
+# %% ../../nbs/22_diagnosis.ipynb #757e7a9e
 def auroc(
     y: np.ndarray,                      # 1 present, 0 absent, NaN not labelled (left out), [n]
     score: np.ndarray,                  # higher means positive, [n]
@@ -34,12 +34,13 @@ def auroc(
     level, at = np.unique(score[keep], return_inverse=True)
     order = np.argsort(at, kind="stable")
     first = np.searchsorted(at[order], np.arange(len(level)))
-    w = np.ones((1, keep.sum())) if weights is None else np.asarray(weights, float)[:, keep]
-    pos, neg = (np.add.reduceat((w*c)[:, order], first, axis=1) for c in (y[keep], 1 - y[keep]))  # b levels
-    below = np.cumsum(neg, axis=1) - neg/2
-    pairs = pos.sum(1)*neg.sum(1)
-    a = np.divide((pos*below).sum(1), pairs, out=np.full(len(w), np.nan), where=pairs > 0)
-    return float(a[0]) if weights is None else a
+    def weighted(w):  # b n -> b
+        pos, neg = (np.add.reduceat((w*c)[:, order], first, axis=1) for c in (y[keep], 1 - y[keep]))  # b levels
+        below, pairs = np.cumsum(neg, axis=1) - neg/2, pos.sum(1)*neg.sum(1)
+        return np.divide((pos*below).sum(1), pairs, out=np.full(len(w), np.nan), where=pairs > 0)
+    if weights is None: return float(weighted(np.ones((1, keep.sum())))[0])
+    chunk = max(1, 10**7//len(y))  # resamples at a time, so that memory stays bounded
+    return np.concatenate([weighted(weights[i:i + chunk][:, keep].astype(float)) for i in range(0, len(weights), chunk)])
 
 # %% ../../nbs/22_diagnosis.ipynb #e4feac1e
 @dataclass(frozen=True)
@@ -79,13 +80,14 @@ def estimate(
     lo, hi = np.quantile(good, [(1 - level)/2, (1 + level)/2])
     return Estimate(float(value), float(lo), float(hi), len(patients), len(pd.unique(np.asarray(patients))), f"{level:.0%} patient bootstrap, {len(resampled)} resamples")
 
-# %% ../../nbs/22_diagnosis.ipynb #93883fe2
+# %% ../../nbs/22_diagnosis.ipynb #c574f0ed
 def measurable(
     labels: pd.DataFrame,  # one column a finding, 1, 0 or NaN, one row an image
-    least: int = 5,        # positives and negatives that a finding needs
+    patients: np.ndarray,  # patient of each image, [n]
+    least: int = 5,        # patients with and patients without it that a finding needs
 ) -> list[str]:
-    "The findings with at least `least` positives and as many negatives."
-    return [f for f in labels if min((labels[f] == 1).sum(), (labels[f] == 0).sum()) >= least]
+    "The findings that are present in images of at least `least` patients, and absent in as many: with fewer, many resamples hold one class only."
+    return [f for f in labels if min(len(np.unique(patients[labels[f] == v])) for v in (0, 1)) >= least]
 
 def aurocs(
     labels: pd.DataFrame,               # the test set's labels, one column a finding
