@@ -1,8 +1,9 @@
-# make report | test | lab | setup | clean | clean-runs
+# make report                                            run every notebook, then render the report: reports/site/PRESET/index.html
 #   make report PRESET=laptop CORES=8                      a larger size (reports/presets/PRESET.yaml, or a path of such a file)
 #   make report SOURCE=nih ROOT=/path/to/the/release       on real radiographs
 #   make report PRESET=paper PROFILE=slurm                 on a cluster (reports/profiles/slurm/config.yaml)
 #   make report ARGS=-n                                    what would run, and why; ARGS goes to snakemake
+# make test | lab | setup | clean | clean-runs             tests; JupyterLab; the environment; remove what can be built again; remove the runs
 SHELL  := /bin/bash
 PYTHON ?= python3
 PRESET ?= smoke
@@ -18,7 +19,10 @@ SITE   ?= reports/site/$(NAME)
 BIN    := $(CURDIR)/.venv/bin
 WORKERS ?= $(shell awk -v n=$$(nproc) '/MemAvailable/ {m = int($$2/2^21); print n < m ? n : m > 1 ? m : 1}' /proc/meminfo)
 
-.PHONY: setup report test lab clean clean-runs
+.PHONY: help setup report test lab clean clean-runs
+help:
+	@sed -n '/^#/!q; s/^# \?//p' Makefile
+
 setup: .venv/.done
 
 .venv/.done: pyproject.toml
