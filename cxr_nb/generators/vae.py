@@ -54,7 +54,7 @@ def kl_to_standard(
     "KL divergence of N(mu, exp(logvar)) from N(0, 1), closed form (vae-gmvae-gan, section 3.1)."
     return -.5*(1 + logvar - mu**2 - logvar.exp())
 
-# %% ../../nbs/31_vae.ipynb #c454d83d
+# %% ../../nbs/31_vae.ipynb #e916dd68
 class VAE(nn.Module):
     "The VAE of vae-gmvae-gan; with the defaults its parameter counts are those of Table 5. Raises `ValueError` for a size that five halvings do not fit."
     conditions = frozenset({"findings"})  # after `fit_prior`; without findings it samples from N(0, I)
@@ -94,8 +94,8 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:  # [b 1 h w] in [-1, 1], both
-        "Decodes the mean of q(z|x)."
-        return self.decoder(self.encode(x)[0])
+        "Decodes the mean of q(z|x), on the model's device."
+        return self.decoder(self.encode(x.to(self.prior_mean.device))[0])
 
     @torch.no_grad()
     def sample(self, conditions: list[Condition], rng: torch.Generator) -> Tensor:  # [n 1 h w] in [-1, 1]
@@ -158,7 +158,7 @@ def train_vae(
                   config=dict(beta=beta, reconstruction=reconstruction, channels=channels, latent=latent, data=data.sha256), **options)
     return fit_prior(history.model, data, rows), history.log
 
-# %% ../../nbs/31_vae.ipynb #9247bdcc
+# %% ../../nbs/31_vae.ipynb #c90b5f99
 def active_units(
     mu: Tensor,             # posterior means of many images, [n d]
     threshold: float = .01, # variance above which a unit counts
@@ -174,7 +174,7 @@ def squared_errors(
 ) -> np.ndarray:           # mean squared error of each image over its pixels, on the scale of [-1, 1], [n]
     "Reconstruction error of each image, from the mean of its posterior."
     x = to_unit(torch.from_numpy(data.images[rows])[:, None])
-    return np.concatenate([((vae.reconstruct(b.to(vae.prior_mean.device)).cpu() - b)**2).mean((1, 2, 3)).numpy() for b in x.split(64)])
+    return np.concatenate([((vae.reconstruct(b).cpu() - b)**2).mean((1, 2, 3)).numpy() for b in x.split(64)])
 
 # %% ../../nbs/31_vae.ipynb #8ec49b54
 def spread(

@@ -6,13 +6,11 @@
 __all__ = ['METADATA', 'auroc', 'Estimate', 'patient_weights', 'estimate', 'measurable', 'aurocs', 'youden_threshold',
            'element_accuracy', 'constant_answer', 'brier', 'calibration_error', 'metadata_scores']
 
-# %% ../../nbs/22_diagnosis.ipynb #f5164fca
+# %% ../../nbs/22_diagnosis.ipynb #843b22ad
 from dataclasses import dataclass
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from sklearn.calibration import calibration_curve
 from sklearn.compose import make_column_transformer
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression

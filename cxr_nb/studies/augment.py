@@ -5,10 +5,7 @@
 # %% auto #0
 __all__ = ['Joined', 'arms']
 
-# %% ../../nbs/50_augment.ipynb #cb532c8c
-from dataclasses import dataclass
-from pathlib import Path
-
+# %% ../../nbs/50_augment.ipynb #13098d55
 import numpy as np
 import pandas as pd
 import torch
