@@ -12,7 +12,7 @@ ROOT   ?=
 PROFILE ?=
 ARGS   ?=
 CORES  ?= $(shell nproc)
-GPUS   ?= $(shell nvidia-smi -L 2>/dev/null | wc -l)
+GPUS   ?= $(or $(filter-out 0,$(shell nvidia-smi -L 2>/dev/null | wc -l)),1)
 NAME   := $(basename $(notdir $(PRESET)))$(if $(SOURCE),-$(SOURCE))
 RUNS   ?= reports/runs/$(NAME)
 SITE   ?= reports/site/$(NAME)
@@ -45,7 +45,7 @@ test: export OMP_NUM_THREADS = 1
 test: .venv/.done
 	$(BIN)/ruff check nbs cxr_nb tests reports
 	$(BIN)/nbdev_test --n_workers $(WORKERS) --timing
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -m 'not slow'
 
 lab: .venv/.done
 	$(BIN)/jupyter lab

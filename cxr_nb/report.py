@@ -148,7 +148,7 @@ def data_line(records: dict[str, dict[str, Any]]) -> str:
     what = "simulated radiographs (phantoms made from one CT; no patient's image)" if makers[0] == "13_phantom" else f"real radiographs: {RELEASES.get(s := r['parameters']['source'], s)}"
     return f"Made on {what}{'; ' + size if size else ''}."
 
-# %% ../nbs/90_report.ipynb #4461dc02
+# %% ../nbs/90_report.ipynb #ebec8932
 def papers_section(
     stage: str,              # name of the stage
     title: str,              # of its chapter
@@ -169,7 +169,7 @@ def index_page(
     "The first page: the data, the papers' numbers beside ours (the last stages first), the runs, the table of contents."
     dates = [d[:10] for d in sorted(r["started"] for r in records.values())]
     said = [data_line(records), f"Preset {name}; {' to '.join(sorted({dates[0], dates[-1]}))}; commit {', '.join(sorted({_commit(r['git']) for r in records.values()}))}.", "Not for clinical use."]
-    page = ["# Generative modelling of chest radiographs", _raw('<div class="made">', *(Markup("<p>{}</p>").format(s) for s in said), "</div>")]
+    page = ["# Generative modelling of chest radiographs", _raw('<div class="made">', Markup('<p class="data">{}</p><p>{}</p><p>{}</p>').format(*said), "</div>")]
     printed = {s: [m for m in r["metrics"] if m["published"] is not None] for s, r in reversed(records.items())}
     page += ["## The papers' numbers beside ours", "Each of ours leads to the record of the run that measured it." if any(printed.values()) else "No stage of this report measured a quantity that a paper prints."]
     page += [papers_section(s, f"[{chapters[s]}](chapters/{s}.ipynb)" if s in chapters else s, m) for s, m in printed.items() if m]

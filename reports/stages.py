@@ -1,0 +1,103 @@
+"""Which stages there are, what each takes from earlier ones, with what parameters it runs, and when it must run again. The Snakefile executes this plan."""
+import ast, difflib, hashlib, json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cxr_nb.core import check_parameters, read_parameters, repo_root
+
+# What a stage takes from earlier ones: {stage: {parameter: path in the folder of runs}}. A notebook with a parameter `dataset` gets the set of radiographs without a row here.
+TAKES = {
+    "50_augment": {"synthetic": "31_vae/set"},
+    "90_report": {"runs": ""},  # all others
+}
+
+
+@dataclass
+class Stage:
+    parameters: dict[str, Any]  # what papermill is given
+    needs: list[str]            # the stages before it
+    key: str                    # hash of parameters, code and the keys of the stages before it; the code's layout, comments and prose do not count
+    threads: int                # of PyTorch: fixed by the preset, because sums depend on it, and never by the number of cores
+    resources: dict[str, Any] = field(default_factory=dict)  # for the scheduler
+
+
+def nearest(name, names): return difflib.get_close_matches(name, names, n=1, cutoff=0)[0]
+
+
+def plan(
+    preset: str,                # "smoke", the name of a file in reports/presets, or the path of a YAML file
+    runs: str,                  # folder of runs, as the notebooks are given it
+    source: str | None = None,  # real radiographs: a source, e.g. "nih", ...
+    root: str | None = None,    # ... and the folder of its release
+    repo: Path | None = None,   # the checkout
+) -> dict[str, Stage]:          # in reading order
+    "The stages to run. Raises `ValueError`, before anything runs, for a preset that does not fit the notebooks."
+    repo = repo or repo_root()
+    notebooks = {p.stem: p for p in sorted((repo/"nbs").glob("[0-9][0-9]_*.ipynb")) if p.stem < "95"}  # from 95 on: benchmarks, run by hand
+    if bool(source) != bool(root): raise ValueError("SOURCE (e.g. nih) and ROOT (the folder of its release) go together")
+    given = {"12_images": {"source": source, "root": root}} if source else {}
+    if gone := sorted({*TAKES, *given} - {*notebooks}): raise ValueError(f"the workflow names {', '.join(gone)}, but nbs/ has no such notebook")
+
+    settings, where = read_preset(preset, repo)
+    resources, chosen = settings.pop("resources", {}), settings.pop("stages", list(notebooks))
+    for s in [*settings, *resources, *chosen]:
+        if s not in notebooks: raise ValueError(f"{where}: no stage `{s}`; the nearest is `{nearest(s, notebooks)}`. Stages: {', '.join(notebooks)}")
+
+    have = {s: read_parameters(p) for s, p in notebooks.items()}
+    data = "12_images/set" if source else "13_phantom/set"
+    takes = {s: ({"dataset": data} if "dataset" in have[s] else {}) | TAKES.get(s, {}) for s in notebooks}
+    before = {s: {path.split("/")[0] for path in takes[s].values()} - {""} for s in notebooks}
+    def with_needs(s): return {s}.union(*map(with_needs, before[s]))
+    stages: dict[str, Stage] = {}
+    for s in sorted(set().union({"90_report"}, *map(with_needs, chosen))):
+        needs = list(stages) if s == "90_report" else sorted(before[s])
+        wired = {"out": f"{runs}/{s}"} | {k: f"{runs}/{path}".rstrip("/") for k, path in takes[s].items()} | given.get(s, {})
+        mine = settings.get(s) or {}
+        if twice := sorted({*mine} & {*wired}): raise ValueError(f"{where}: `{twice[0]}` of {s} is set by the workflow; leave it out of the preset")
+        check_parameters(notebooks[s], mine | wired, where)
+        rest = dict(resources.get(s) or {}); threads = rest.pop("threads", 1)
+        key = [mine | wired, threads, code_of_notebook(notebooks[s], repo), [stages[n].key for n in needs]]
+        stages[s] = Stage(mine | wired, needs, hashlib.sha256(json.dumps(key).encode()).hexdigest(), threads, rest)
+    if early := [(s, n) for s in stages for n in stages[s].needs if n >= s]: raise ValueError(f"{early[0][0]} cannot take anything from {early[0][1]}, which comes after it")
+    return stages
+
+
+def read_preset(preset: str, repo: Path) -> tuple[dict[str, Any], str]:  # settings, and how errors name the file
+    "The settings of a preset; smoke has none: it is the notebooks' own defaults. Raises `ValueError` where there is no such preset."
+    names = {p.stem: p for p in sorted((repo/"reports"/"presets").glob("*.yaml"))}
+    path = names.get(preset, repo/preset)
+    if preset == "smoke": return {}, "smoke"
+    if not path.is_file(): raise ValueError(f"no preset `{preset}`: the nearest is `{nearest(preset, ['smoke', *names])}`; the path of a YAML file will do as well")
+    try: return yaml.safe_load(path.read_text()) or {}, path.name
+    except yaml.YAMLError as e: raise ValueError(f"{path} is no YAML: {' '.join(str(e).split())}") from None
+
+
+def code_of_notebook(notebook: Path, repo: Path) -> dict[str, str]:
+    "The code of a notebook, and that of the modules of this package that it imports, directly or not."
+    cells = ["".join(c["source"]) for c in json.loads(notebook.read_text())["cells"] if c["cell_type"] == "code"]
+    code = {notebook.stem: "\n".join(map(code_of, cells))}
+    new = {m for c in cells for m in imports(c)}
+    while new:
+        m = new.pop(); path = repo/f"{m.replace('.', '/')}.py"
+        if m in code or not path.is_file(): continue
+        code[m] = code_of(path.read_text()); new |= imports(path.read_text())
+    return dict(sorted(code.items()))
+
+
+def code_of(text: str) -> str:
+    "Code without comments and layout; a cell with an IPython magic as it stands."
+    try: return ast.dump(ast.parse(text))
+    except SyntaxError: return text
+
+
+def imports(text: str) -> set[str]:
+    "Modules of this package that a piece of code imports."
+    try: tree = ast.parse(text)
+    except SyntaxError: return set()
+    names = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    for n in ast.walk(tree):
+        if isinstance(n, ast.ImportFrom) and n.module: names |= {n.module, *(f"{n.module}.{a.name}" for a in n.names)}
+    return {n for n in names if n.split(".")[0] == "cxr_nb"}
