@@ -35,9 +35,9 @@ setup: .venv/.done
 # One report at a time in a folder: the lock goes with the processes that hold it, so a killed one leaves none behind.
 report: .venv/.done
 	@mkdir -p $(RUNS)
-	@flock -n -E 75 $(RUNS)/.lock $(BIN)/snakemake -s reports/Snakefile --directory $(RUNS) --nolock --rerun-incomplete --quiet host progress reason \
+	@flock -n -E 75 $(RUNS)/.lock $(BIN)/snakemake $(ARGS) -s reports/Snakefile --directory $(RUNS) --nolock --rerun-incomplete --quiet host progress reason \
 	  $(if $(PROFILE),--profile $(if $(wildcard $(PROFILE)),$(PROFILE),reports/profiles/$(PROFILE)),--cores $(CORES) --resources gpu=$(GPUS)) \
-	  --config preset='$(PRESET)' site='$(SITE)' $(if $(SOURCE),source='$(SOURCE)') $(if $(ROOT),root='$(abspath $(ROOT))') $(ARGS) \
+	  --config preset='$(PRESET)' site='$(SITE)' $(if $(SOURCE),source='$(SOURCE)') $(if $(ROOT),root='$(abspath $(ROOT))') \
 	  || { e=$$?; [ $$e = 75 ] && echo "another make report is at work in $(RUNS): wait for it, or give this one its own folder (RUNS=...)"; exit $$e; }
 	@echo "report: $(SITE)/index.html"
 

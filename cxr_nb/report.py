@@ -6,8 +6,8 @@
 __all__ = ['KEYS', 'METRIC', 'RELEASES', 'PARTS', 'read_record', 'read_records', 'collect', 'paper_table', 'compare', 'number',
            'anchor', 'html_table', 'record_page', 'data_line', 'papers_section', 'index_page', 'chapter', 'build_site']
 
-# %% ../nbs/90_report.ipynb #4bbf0d04
-import ast, html, json, os, re, shutil, subprocess, sys, tempfile
+# %% ../nbs/90_report.ipynb #7f665bc1
+import ast, json, os, re, shutil, subprocess, sys, tempfile
 from pathlib import Path
 from typing import Any
 

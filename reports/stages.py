@@ -1,5 +1,5 @@
 """Which stages there are, what each takes from earlier ones, with what parameters it runs, and when it must run again. The Snakefile executes this plan."""
-import ast, difflib, hashlib, json
+import ast, difflib, functools, hashlib, json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,12 +87,14 @@ def code_of_notebook(notebook: Path, repo: Path) -> dict[str, str]:
     return dict(sorted(code.items()))
 
 
+@functools.cache
 def code_of(text: str) -> str:
     "Code without comments and layout; a cell with an IPython magic as it stands."
     try: return ast.dump(ast.parse(text))
     except SyntaxError: return text
 
 
+@functools.cache
 def imports(text: str) -> set[str]:
     "Modules of this package that a piece of code imports."
     try: tree = ast.parse(text)
