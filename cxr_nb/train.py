@@ -405,7 +405,7 @@ def _state(model, batches, out, steps, per_epoch, optimizers, ema, clip, precisi
                  trained={k: [p for g in o.param_groups for p in g["params"] if p.requires_grad] for k, o in optimizers.items()},
                  dtype=types[precision], clip=clip, schedule=schedule, rank=batches.rank, world=batches.world)
 
-# %% ../nbs/01_train.ipynb #6633644c
+# %% ../nbs/01_train.ipynb #13f13992
 def fit(
     model: nn.Module,              # a `TrainingModel`; trained in place
     data,                          # has `__len__` and `__getitems__(positions) -> dict of tensors`
@@ -417,10 +417,11 @@ def fit(
     optimizers: Any = 1e-4,        # learning rate of one Adam, or a function of the model that gives an optimiser or a dict of them by phase
     ema: float | None = None,      # decay of the averaged weights, a step; None: no average
     clip: float | None = None,     # largest gradient norm of an optimiser; None: not clipped
-    accumulate: int = 1,           # micro-batches of a step: less memory, the same step
+    accumulate: int = 1,           # micro-batches of a step: less memory; the same step where the loss is a mean over images
     precision: str = "no",         # no | bf16 | fp16
     schedule: Callable[[int], float] | None = None,  # factor on the learning rates at a step
-    checkpoint_every: int = 1000,  # steps; there is always one at the end
+    checkpoint_every: int = 1000,  # steps; there is always one at the end,
+    checkpoint_seconds: float = 60., # and one when so much time has passed since the last (20 times what writing it took, where that is longer); several processes look every 50 steps
     keep: int = 2,                 # how many checkpoints stay
     log_every: int = 1,            # steps
     epoch_steps: int = 0,          # steps that count as an epoch in log and callbacks; 0: a pass over the data
@@ -439,19 +440,25 @@ def fit(
     _restore(s, callbacks)
     resumed = s.step
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        try: _loop(s, batches, callbacks, checkpoint_every, keep, log_every)
+        try: _loop(s, batches, callbacks, checkpoint_every, checkpoint_seconds, keep, log_every)
         finally:
             for t in (t for ts in s.trained.values() for t in ts): t.requires_grad_(True)
             for c in callbacks: c.after_fit(s)
     for m in _modules(s).values(): m.eval()
     return History(pd.DataFrame(s.rows), model, s.ema and s.ema.module, s.out, resumed, time.perf_counter() - start)
 
-# %% ../nbs/01_train.ipynb #15a9f64c
-def _loop(s: State, batches: Batches, callbacks: Sequence[Callback], checkpoint_every: int, keep: int, log_every: int) -> None:
+# %% ../nbs/01_train.ipynb #13feb705
+def _agree(s: State, due: bool) -> bool:  # the clocks of the processes differ: the first decides
+    answer = [due]
+    if s.world > 1: dist.broadcast_object_list(answer, 0)
+    return answer[0]
+
+def _loop(s: State, batches: Batches, callbacks: Sequence[Callback], checkpoint_every: int, checkpoint_seconds: float, keep: int, log_every: int) -> None:
     if s.world > 1:
         for t in (*s.model.parameters(), *s.model.buffers()): dist.broadcast(t.detach(), 0)
     for c in callbacks: c.before_fit(s)
-    read = time.monotonic()
+    read = saved = time.monotonic()
+    took = 0.
     while s.step < s.steps:
         values = _step(s, batches)
         for c in callbacks: c.after_step(s)
@@ -459,8 +466,13 @@ def _loop(s: State, batches: Batches, callbacks: Sequence[Callback], checkpoint_
             for c in callbacks: c.after_epoch(s)
         _note(s, values, s.step % log_every == 0)
         s.step += 1
-        if s.step % checkpoint_every == 0 or s.step == s.steps: _save(s, callbacks, keep)
-        elif len(s.pending) >= 50 if s.world > 1 else time.monotonic() > read + 1: _flush(s); read = time.monotonic()
+        now, meet = time.monotonic(), len(s.pending) >= 50
+        due = s.step % checkpoint_every == 0 or s.step == s.steps
+        if due or (meet or s.world == 1) and _agree(s, now >= saved + max(checkpoint_seconds, 20*took)):
+            _save(s, callbacks, keep)
+            saved = time.monotonic()
+            took = saved - now
+        elif meet if s.world > 1 else now > read + 1: _flush(s); read = now
 
 # %% ../nbs/01_train.ipynb #9c7947cf
 def _die_with_parent(sig: int) -> None:

@@ -175,6 +175,27 @@ def test_the_search_finds_the_known_confusion_tables_and_no_other_size():
     assert t.loc[("MIMIC", "Atelectasis"), ["solutions", "TP", "FP"]].tolist() == [38, "1-38",
         "1-38"] and (t.drop(index=("MIMIC", "Atelectasis")).solutions == 1).all()
 
+def test_a_number_rests_on_the_rows_of_its_own_unit():
+    assert {k: n for k, n in base("accuracy").n.items() if k.startswith("all absent")} == {"all absent, rows": 67914, "all absent, images": 15000}
+    assert base("t2-sizes").n == dict.fromkeys(A.TEST_SETS, 4)
+
+def test_only_what_the_paper_prints_for_the_same_quantity_counts_as_printed():
+    whole = {k for k, c in A.CLAIMS.items() if c.paper != "the releases" and all(map(c.prints, c.published))}
+    assert {"a1-vindr-rows", "vae-table1", "t1-mimic", "densenet-map", "vae-224"} <= whole
+    assert not whole & {"silhouette-space", "silhouette-alike", "vae-lateral", "t2-higher", "t2-diseases", "t2-tables", "accuracy", "gmvae-normalisation"}
+    assert all(set(c.printed or ()) <= c.published.keys() for c in A.CLAIMS.values())
+    row = A.readable(A.ledger(outcomes=[base("pggan-boxes")])).iloc[0]
+    assert row.published == "boxes: (1,000); images with a box: 1,000" and row.n == "984"
+
+def test_the_files_behind_the_ledger_are_known():
+    data = A.Metadata(); A.check(A.CLAIMS["pggan-boxes"], data)
+    assert [p.name for p in data.read] == [A.FILES["nih_boxes"]]
+
+def test_no_lateral_radiograph_counts_as_inverted():
+    ramp = np.tile(np.uint8(255*abs(np.linspace(-1, 1, 64))), (2, 64, 1))  # dark in the middle, as an inverted chest
+    m = pd.DataFrame({"view": ["PA", "LATERAL"], "width": 64, "height": 64})
+    assert A.image_quality(ramp, m).inverted.tolist() == [True, False]
+
 def test_the_pages_text_is_escaped():
     o = A.check(A.Claim("x", "p", "t", "a < b & c", {"k": 1}, lambda *a: A.Recomputed({"k": 1}, 1), "by <b>hand</b>"), META)
     page = A.ledger_html(A.ledger(outcomes=[o]))

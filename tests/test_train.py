@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -59,8 +60,8 @@ def net(config):
     data = Images()
     def validate(m): return {"val": m.losses({"image": data.x}, 0)["mse"]}
     callbacks = [Validate(validate, best="val"), Plateau("val", patience=0, factor=.5), *([Tell()] if config.get("tell") else [])]
-    return fit(model, data, out=config["out"], steps=config["steps"], batch_size=8, seed=3, optimizers=.3, ema=.9, clip=1., accumulate=2, checkpoint_every=5,
-               precision=config.get("precision", "no"), device="cpu", callbacks=callbacks, progress=False)
+    return fit(model, data, out=config["out"], steps=config["steps"], batch_size=8, seed=3, optimizers=.3, ema=.9, clip=1., accumulate=2,
+               checkpoint_every=config.get("every", 5), checkpoint_seconds=config.get("seconds", 60.), precision=config.get("precision", "no"), device="cpu", callbacks=callbacks, progress=False)
 
 
 def same(a, b):
@@ -113,6 +114,25 @@ def test_a_kill_between_the_files_of_a_checkpoint_leaves_the_one_before(tmp_path
     assert (tmp_path/"killed"/"checkpoints"/"step-00000015").exists() and latest_checkpoint(tmp_path/"killed").name == "step-00000011"
     with open(tmp_path/"killed"/"log.jsonl", "a") as f: f.write('{"step": 15, "ep')
     net({"out": str(tmp_path/"killed"), "steps": 20})
+    assert_same_run(tmp_path/"alone", tmp_path/"killed")
+
+
+@pytest.mark.parametrize(("writing", "last"), [(0., 12), (2., 6)])
+def test_slow_steps_are_saved_by_the_clock_and_resume_exactly(tmp_path, monkeypatch, writing, last):
+    net({"out": str(tmp_path/"alone"), "steps": 20})
+    now, step, write_json = [0.], train._step, train.write_json
+    def slow(s, batches):  # a step takes 7 seconds; the process is killed in the fourteenth
+        now[0] += 7
+        if s.step == 13: raise KeyboardInterrupt
+        return step(s, batches)
+    def wait(*a): now[0] += writing; write_json(*a)
+    config = {"out": str(tmp_path/"killed"), "steps": 20, "every": 1000, "seconds": 20.}
+    with monkeypatch.context() as m:
+        m.setattr(train, "time", SimpleNamespace(monotonic=lambda: now[0], perf_counter=time.perf_counter))
+        m.setattr(train, "_step", slow); m.setattr(train, "write_json", wait)
+        with pytest.raises(KeyboardInterrupt): net(config)
+    assert latest_checkpoint(tmp_path/"killed").name == f"step-{last:08d}"
+    assert net(config).resumed == last
     assert_same_run(tmp_path/"alone", tmp_path/"killed")
 
 
@@ -173,7 +193,7 @@ def pair(config):
     rank = int(os.environ.get("RANK", "0"))
     torch.manual_seed(rank)  # each process starts with other weights: those of the first must count
     data, model = Images(48), Pair()
-    h = fit(model, data, out=config["out"], steps=config["steps"], batch_size=config["batch_size"], seed=1, ema=.5, accumulate=config.get("accumulate", 1), device="cpu", progress=False,
+    h = fit(model, data, out=config["out"], steps=config["steps"], batch_size=config["batch_size"], seed=1, ema=.5, accumulate=config.get("accumulate", 1), checkpoint_seconds=config.get("seconds", 60.), device="cpu", progress=False,
             optimizers=lambda m: {k: torch.optim.SGD(getattr(m, k).parameters(), .05) for k in ("critic", "generator")})
     (Path(config["out"])/f"seen-{rank}.json").write_text(json.dumps(data.seen))
     torch.save([dict(h.model.state_dict()), dict(h.ema.state_dict())], Path(config["out"])/f"weights-{rank}.pt")
@@ -188,21 +208,22 @@ def assert_near(a, b):
 
 
 def test_two_processes_learn_what_one_does_from_disjoint_shares_and_resume(tmp_path):
-    config = {"steps": 9, "batch_size": 8}
+    config = {"steps": 55, "batch_size": 8}
     one, two = ({**config, "out": str(tmp_path/n)} for n in ("one", "two"))
     pair(one)
-    launch(pair, two | {"steps": 5}, out=tmp_path/"two", processes=2, cpu=True)
+    launch(pair, two | {"steps": 51, "seconds": 0.}, out=tmp_path/"two", processes=2, cpu=True)
+    assert [p.name for p in sorted((tmp_path/"two"/"checkpoints").iterdir())] == ["step-00000050", "step-00000051"]  # the first by the clock
     launch(pair, two, out=tmp_path/"two", processes=2, cpu=True)
     seen = [json.loads((tmp_path/"two"/f"seen-{r}.json").read_text()) for r in (0, 1)]
     assert all(len(a) == len(b) == 4 and not set(a) & set(b) for a, b in zip(*seen)) and len(seen[0]) == 4
     assert same(load(tmp_path/"two", 0), load(tmp_path/"two", 1))
     assert_near(load(tmp_path/"one", 0), load(tmp_path/"two", 0))
     logs = [read_log(tmp_path/n) for n in ("one", "two")]
-    assert logs[1]["step"].tolist() == list(range(9))
+    assert logs[1]["step"].tolist() == list(range(55))
     torch.testing.assert_close(*(torch.tensor(x["critic/loss"].to_numpy()) for x in logs), rtol=1e-3, atol=1e-4)
 
 
-def test_micro_batches_do_not_change_the_step(tmp_path):
+def test_micro_batches_do_not_change_the_step_of_a_mean_over_images(tmp_path):
     for a in (1, 4): pair({"steps": 6, "batch_size": 8, "accumulate": a, "out": str(tmp_path/str(a))})
     assert_near(load(tmp_path/"1", 0), load(tmp_path/"4", 0))
 

@@ -167,7 +167,7 @@ def position_plot(
     plt.close(fig)
     return fig
 
-# %% ../../nbs/14_audit.ipynb #d1a76bdb
+# %% ../../nbs/14_audit.ipynb #bc9f7388
 def exact_duplicates(
     images: np.ndarray,  # uint8 [n h w], may be memory-mapped
 ) -> np.ndarray:         # int [n]: position of the first image with the same pixels (its own where there is none before)
@@ -181,12 +181,12 @@ def near_duplicates(
     images: np.ndarray,       # uint8 [n h w], may be memory-mapped
     threshold: float = NEAR,  # correlation, -1 ... 1
     side: int = 16,           # pixels of a thumbnail
-    block: int = 4096,        # images compared at once
+    block: int = 4096,        # thumbnails compared at once
     most: int = 1_000_000,    # pairs from which the threshold is taken to be wrong
 ) -> pd.DataFrame:            # i < j (positions), correlation
     "Pairs of images whose thumbnails correlate; flat images match nothing. Raises `ValueError` where there are more than `most`."
-    chunks = [torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(np.array(images[a:a + block])).float()[:, None], side).flatten(1) for a in range(0,
-        len(images), block)]
+    read = lambda a: torch.from_numpy(np.array(images[a:a + 256])).float()[:, None]
+    chunks = [torch.nn.functional.adaptive_avg_pool2d(read(a), side).flatten(1) for a in range(0, len(images), 256)]
     t = torch.cat(chunks)                              # n side*side
     t = t - t.mean(1, keepdim=True)
     t = t/t.norm(dim=1, keepdim=True).clamp_min(side)  # a standard deviation below one grey level counts as flat
@@ -200,7 +200,7 @@ def near_duplicates(
             if total > most: raise ValueError(f"more than {most:,} pairs of images correlate at {threshold} or more: raise `threshold`, or look whether the set holds one image many times")
     return pd.DataFrame(dict(zip(("i", "j", "correlation"), (torch.cat(x).numpy() for x in zip(*found)))))
 
-# %% ../../nbs/14_audit.ipynb #da9f34db
+# %% ../../nbs/14_audit.ipynb #ea8aeba9
 def uprightness(
     images: np.ndarray,  # uint8 [n h w], frontal
 ) -> np.ndarray:         # float [n], grey levels; below 0: inverted
@@ -226,7 +226,7 @@ def image_quality(
     manifest: pd.DataFrame,        # one row an image: view, width, height
     flat: float = 4.,              # standard deviation in grey levels below which an image is blank
     frame: float = .5,             # share of the outermost 3 % at level 0 or 255 from which a border is saturated
-    block: int = 4096,             # images read at once
+    block: int = 256,              # images read at once
 ) -> pd.DataFrame:                 # bool [n]: blank, inverted, odd shape, enlarged, saturated border
     "Which images fail which check. Raises `ValueError` where images and manifest differ in number."
     if len(images) != len(manifest): raise ValueError(f"{len(images)} images, but {len(manifest)} rows in the manifest")
@@ -272,7 +272,7 @@ def constant_accuracy(
     if "No_Finding" in labels: answers["No_Finding for all"] = np.where(labels.columns == "No_Finding", ones, total - ones)
     return {k: float(v.sum()/total.sum()) for k, v in answers.items()}
 
-# %% ../../nbs/14_audit.ipynb #6cbd922c
+# %% ../../nbs/14_audit.ipynb #12d2295c
 FILES = {"nih": "Data_Entry_2017_v2020.csv.gz", "nih_boxes": "BBox_List_2017.csv.gz", "google": "google2019_nih-chest-xray-labels.csv.gz",
     "vindr": "vinbigdata-train.csv.gz",
          "chexpert": "chexpert_train.csv.gz", "padchest": "PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv.gz", "rsna": "kaggle_stage_2_train_labels.csv.zip",
@@ -288,13 +288,13 @@ class Metadata:
         folder: str | Path | None = None,  # holds `FILES` (a .csv.gz may also lie there unpacked); None: the `data` folder of the torchxrayvision wheel
         lt_csv: str = "",                  # CSV of NIH-CXR-LT, several separated by commas
     ):
-        self.package, self.lt_csv, self.cache = metadata_folder().parent, lt_csv, {}
+        self.package, self.lt_csv, self.cache, self.read = metadata_folder().parent, lt_csv, {}, set()  # read: paths of the files that were opened
         self.folder = Path(folder) if folder else metadata_folder()
 
     def path(self, name: str) -> Path:  # name: a key of `FILES`
         "Where a file lies. Raises `NotAtHand`."
         for p in (self.folder/FILES[name], self.folder/FILES[name].removesuffix(".gz")):
-            if p.exists(): return p
+            if p.exists(): self.read.add(p); return p
         raise NotAtHand(f"{FILES[name]} is not in the metadata folder: put it there, or leave `metadata` empty to read the copy in the torchxrayvision wheel")
 
     def table(self, name: str, *columns: str) -> pd.DataFrame:
@@ -310,7 +310,7 @@ class Metadata:
             with zipfile.ZipFile(p) as z: return [m for m in z.namelist() if not m.endswith("/")]
         with tarfile.open(p) as t: return [m.name for m in t if m.isfile()]
 
-# %% ../../nbs/14_audit.ipynb #440b0587
+# %% ../../nbs/14_audit.ipynb #f80088f4
 REPRODUCED, CONTRADICTED, UNTESTED = "reproduced", "contradicted", "not testable here"
 RELATIONS = {"equal": lambda p, r, t: abs(p - r) <= t,      # the recomputed value is the published one
              "at least": lambda p, r, t: r >= p - t,        # ... is no smaller
@@ -322,7 +322,7 @@ RELATIONS = {"equal": lambda p, r, t: abs(p - r) <= t,      # the recomputed val
 class Recomputed:
     "What a claim's function found."
     values: dict[str, float]  # keyed as the published values
-    n: int                    # how many rows, images or numbers they rest on
+    n: int | dict[str, int]   # how many rows, images or numbers they rest on; a dict: each value its own
     note: str = ""            # what else was seen
 
 @dataclass(frozen=True)
@@ -332,12 +332,16 @@ class Claim:
     paper: str                     # short name
     place: str                     # table, figure or section
     statement: str
-    published: dict[str, float]    # as printed
+    published: dict[str, float]    # what the statement says, in numbers
     recompute: Callable[[Metadata, dict, dict], Recomputed]
     how: str
     tolerance: float = 0.          # in the unit of the values
     relation: str = "equal"        # key of `RELATIONS`
     given: dict[str, Any] = field(default_factory=dict)  # other printed numbers that the test rests on
+    printed: tuple[str, ...] | None = None  # keys of `published` that are printed for this very quantity, the others are our reading; None: all
+    drawn: bool = False            # the values rest on random draws
+
+    def prints(self, k: str) -> bool: return k in (self.published if self.printed is None else self.printed)
 
 @dataclass(frozen=True)
 class Outcome:
@@ -345,20 +349,20 @@ class Outcome:
     claim: Claim
     published: dict[str, float]
     recomputed: dict[str, float]
-    n: int
+    n: dict[str, int]              # keyed as `recomputed`
     verdict: str
     note: str
 
 CLAIMS: dict[str, Claim] = {}
 
-def claim(id: str, paper: str, place: str, statement: str, published: dict, **kw):  # kw: tolerance, relation, given
+def claim(id: str, paper: str, place: str, statement: str, published: dict, **kw):  # kw: tolerance, relation, given, printed, drawn
     "Decorator: registers the function as the test of a claim; its docstring says how."
     def register(f):
         CLAIMS[id] = Claim(id, paper, place, statement, published, f, f.__doc__, **kw)
         return f
     return register
 
-# %% ../../nbs/14_audit.ipynb #10026632
+# %% ../../nbs/14_audit.ipynb #4e684159
 def check(
     claim: Claim,
     data: Metadata,
@@ -368,10 +372,10 @@ def check(
     "Recomputes a claim and applies the rule: every published value must stand in the claim's relation to its recomputed one. A value that cannot be determined (NaN) is a contradiction."
     p = claim.published if published is None else published
     try: r = claim.recompute(data, p, claim.given | (given or {}))
-    except NotAtHand as e: return Outcome(claim, p, e.partial, e.n, UNTESTED, str(e))
+    except NotAtHand as e: return Outcome(claim, p, e.partial, dict.fromkeys(e.partial, e.n), UNTESTED, str(e))
     if r.values.keys() != p.keys(): raise ValueError(f"claim {claim.id}: published {sorted(p)}, recomputed {sorted(r.values)}; they must name the same things")
     holds = all(RELATIONS[claim.relation](p[k], r.values[k], claim.tolerance) for k in p)
-    return Outcome(claim, p, {k: float(v) for k, v in r.values.items()}, r.n, REPRODUCED if holds else CONTRADICTED, r.note)
+    return Outcome(claim, p, {k: float(v) for k, v in r.values.items()}, r.n if isinstance(r.n, dict) else dict.fromkeys(r.values, r.n), REPRODUCED if holds else CONTRADICTED, r.note)
 
 # %% ../../nbs/14_audit.ipynb #a4a40b79
 TABLE_A1 = {"No Findings": 31818, "Aortic Enlargement": 7162, "Cardiomegaly": 5427, "Pleural Thickening": 4842, "Pulmonary Fibrosis": 4655, "Nodule/Mass": 2580,
@@ -418,7 +422,7 @@ def _(data, published, given):
         return Recomputed({"images": len(t), "patients": t["Patient ID"].nunique()}, len(t), "Table A1 is NIH")
     raise NotAtHand("no release at hand has the counts of Table A1: name the release they were taken from")
 
-# %% ../../nbs/14_audit.ipynb #4bffe1d8
+# %% ../../nbs/14_audit.ipynb #ef00e4cf
 VAE_TABLE1 = {"Infiltration": 19894, "Effusion": 13317, "Atelectasis": 11559, "Nodule": 6331, "Mass": 5782, "Pneumothorax": 5302, "Consolidation": 4667,
     "Pleural Thickening": 3385,
               "Cardiomegaly": 2776, "Emphysema": 2516, "Edema": 2303, "Fibrosis": 1686, "Pneumonia": 1431, "Hernia": 227}
@@ -442,14 +446,15 @@ def _(data, published, given):
     total, n = dict.fromkeys(published, 0), 0
     for file in data.lt_csv.split(","):
         if not Path(file.strip()).exists(): raise NotAtHand(f"`lt_csv`: {Path(file.strip()).name} is not where the path says: correct the path")
+        data.read.add(Path(file.strip()))
         t = pd.read_csv(file.strip()); t.columns = [plain(c) for c in t.columns]; n += len(t)
         if missing := [k for k in published if plain(k) not in t]:
             raise ValueError(f"{Path(file.strip()).name} has no column for {missing[0]!r}: give the CSV of NIH-CXR-LT with one 0/1 column a label")
         for k in published: total[k] += int(t[plain(k)].sum())
     return Recomputed(total, n)
 
-# %% ../../nbs/14_audit.ipynb #6d27f92a
-@claim("vae-lateral", "vae-gmvae-gan", "section 4", "the images include lateral projections", {"lateral images": 1}, relation="at least")
+# %% ../../nbs/14_audit.ipynb #8c513474
+@claim("vae-lateral", "vae-gmvae-gan", "section 4", "the images include lateral projections", {"lateral images": 1}, relation="at least", printed=())
 def _(data, published, given):
     "images of Data_Entry_2017_v2020.csv whose view is neither PA nor AP"
     v = data.table("nih", "View Position")["View Position"]
@@ -461,7 +466,8 @@ def _(data, published, given):
     n = len(data.table("nih", "Finding Labels"))
     return Recomputed({"No Finding, %": 100*_nih_images(data, ["No Finding"])["No Finding"]/n}, n)
 
-@claim("pggan-boxes", "pggan-sd", "Evaluation", "fewer than 1,000 samples have bounding boxes", {"boxes": 1000, "images with a box": 1000}, relation="below")
+@claim("pggan-boxes", "pggan-sd", "Evaluation", "fewer than 1,000 samples have bounding boxes", {"boxes": 1000, "images with a box": 1000}, relation="below",
+    printed=("images with a box",))
 def _(data, published, given):
     "rows and distinct images of BBox_List_2017.csv"
     b = data.table("nih_boxes", "Image Index")["Image Index"]
@@ -475,22 +481,24 @@ def _(data, published, given):
     with (gzip.open(p) if p.suffix == ".gz" else open(p, "rb")) as f: lines = sum(1 for _ in f) - 1
     return Recomputed({"images": n}, n, f"the file has {lines:,} lines after its header")
 
-# %% ../../nbs/14_audit.ipynb #7638a913
+# %% ../../nbs/14_audit.ipynb #b9126c5c
 _ANSWERS = [f"{a}, {u}" for u in ("rows", "images") for a in ("all absent", "No Findings for all", "14 diseases all absent")]
 
 @claim("accuracy-augmented", "robust-cxr", "section 3.2", "the accuracy of 0.9644 with generated images is good", dict.fromkeys(_ANSWERS, .9644),
-    relation="exceeds", tolerance=.01)
-@claim("accuracy", "robust-cxr", "section 3.2", "the validation accuracy of 0.9651 is good", dict.fromkeys(_ANSWERS, .9651), relation="exceeds", tolerance=.01)
+    relation="exceeds", tolerance=.01, printed=())
+@claim("accuracy", "robust-cxr", "section 3.2", "the validation accuracy of 0.9651 is good", dict.fromkeys(_ANSWERS, .9651), relation="exceeds", tolerance=.01,
+    printed=())
 def _accuracy(data, published, given):
     "element-wise accuracy of constant answers over the 15 labels of Table A1, on VinBigData's annotation rows and on its images; the published value must exceed each by a point"
-    values = {}
+    values, n = {}, {}
     for unit in ("rows", "images"):
         x = _vindr(data, unit).rename(columns={"No Findings": "No_Finding"})
         c, d = constant_accuracy(x), constant_accuracy(x.drop(columns="No_Finding"))
         values |= dict(zip((f"{a}, {unit}" for a in ("all absent", "No Findings for all", "14 diseases all absent")),
             (c["all absent"], c["No_Finding for all"], d["all absent"])))
+        n |= dict.fromkeys(values.keys() - n.keys(), len(x))
     best = max(values, key=values.get)
-    return Recomputed(values, len(data.table("vindr", "image_id", "class_name")), f"the best constant answer: {best}, {values[best]:.4f}")
+    return Recomputed(values, n, f"the best constant answer: {best}, {values[best]:.4f}")
 
 @claim("share-images", "robust-cxr", "Figure A1", "638 generated images enlarge the dataset by 1 %, if its size is the number of radiographs",
     {"increase, %": 1}, tolerance=.5, given={"generated": 638, "unit": "images"})
@@ -531,7 +539,7 @@ def possible_sizes(
     return [n for n in range(max(groups[d] for d in printed), sum(groups.values()) + 1) if all(len(whole_number_tables(n, groups[d], a, p)) for d,
         (_, a, p) in printed.items())]
 
-# %% ../../nbs/14_audit.ipynb #e5f612f8
+# %% ../../nbs/14_audit.ipynb #451e4bc5
 def confusion_tables(
     groups: dict = TEST_SETS,   # set -> group -> images
     printed: dict = MEASURES,   # set -> disease -> AUC, accuracy, precision in %
@@ -550,15 +558,15 @@ def _t2(id, statement, published, **kw): return claim(id, "synthetic-test-sets",
     given={"groups": TEST_SETS, "printed": MEASURES}, **kw)
 
 @_t2("t2-diseases", "(our explanation) No Findings is left out of Table 2, and the disease groups overlap: N is at most their sum",
-    {s: sum(g.values()) - g["No Findings"] for s, g in TEST_SETS.items()}, relation="at most")
+    {s: sum(g.values()) - g["No Findings"] for s, g in TEST_SETS.items()}, relation="at most", printed=())
 @_t2("t2-sizes", "Table 2 is measured on the test sets of Table 1, No Findings among them", dict(TEST_TOTALS))
 def _t2_sizes(data, published, given):
     "the only N for which all four rows of a set have whole-number confusion tables; groups may overlap, so N can be less than their sum"
     found = {s: possible_sizes(given["groups"][s], given["printed"][s]) for s in published}
-    return Recomputed({s: v[0] if len(v) == 1 else np.nan for s, v in found.items()}, sum(map(len, given["printed"].values())),
+    return Recomputed({s: v[0] if len(v) == 1 else np.nan for s, v in found.items()}, {s: len(given["printed"][s]) for s in found},
         "; ".join(f"{s}: N = {', '.join(map(str, v)) or 'none'}" for s, v in found.items()))
 
-@_t2("t2-tables", "each row of Table 2 gives accuracy and precision of one threshold, on one number of images a set", {"rows with a whole-number table": 12})
+@_t2("t2-tables", "each row of Table 2 gives accuracy and precision of one threshold, on one number of images a set", {"rows with a whole-number table": 12}, printed=())
 def _(data, published, given):
     "rows for which the search finds a confusion table; how many tables fit is listed apart. The thresholds were chosen on the test sets themselves"
     t = confusion_tables(given["groups"], given["printed"])
@@ -566,7 +574,7 @@ def _(data, published, given):
     return Recomputed({"rows with a whole-number table": int((t.solutions > 0).sum())}, len(t),
         f"unique for {int((t.solutions == 1).sum())}" + "".join(f"; {r.set} {r.disease}: {r.solutions} tables, TP = {r.TP}" for r in many.itertuples()))
 
-# %% ../../nbs/14_audit.ipynb #cd4d81dc
+# %% ../../nbs/14_audit.ipynb #b35f8236
 def _total(id: str):
     "Registers the total of one column of Table 1."
     @claim(f"t1-{id.lower()}", "synthetic-test-sets", "Table 1", f"the groups of {id} sum to the printed total", {"images": TEST_TOTALS[id]},
@@ -578,15 +586,15 @@ def _total(id: str):
 for _name in TEST_TOTALS: _total(_name)
 
 @claim("t2-higher", "synthetic-test-sets", "section 5.3", "AUC and accuracy are similar or slightly higher on synthetic data for all diseases",
-    {"AUC, points": 0, "accuracy, points": 0}, relation="at least", tolerance=2., given={"printed": MEASURES})
+    {"AUC, points": 0, "accuracy, points": 0}, relation="at least", tolerance=2., given={"printed": MEASURES}, printed=())
 def _(data, published, given):
     "smallest of the differences synthetic minus real in Table 2, over diseases and the two real sets; similar: not more than 2 points lower"
     t = given["printed"]
     d = {m: {(g, s): t["Synthetic"][g][i] - t[s][g][i] for s in t if s != "Synthetic" for g in t[s]} for i, m in enumerate(("AUC, points", "accuracy, points"))}
-    return Recomputed({m: min(v.values()) for m, v in d.items()}, sum(map(len, d.values())),
+    return Recomputed({m: min(v.values()) for m, v in d.items()}, {m: len(v) for m, v in d.items()},
         "; ".join("lowest {}: {} against {}".format(m.split(",")[0], *min(v, key=v.get)) for m, v in d.items()))
 
-# %% ../../nbs/14_audit.ipynb #c610c05a
+# %% ../../nbs/14_audit.ipynb #62bbea9e
 def vae_parameters(
     side: int,  # pixels of the image, a multiple of 32
     z: int = 1024,
@@ -611,18 +619,18 @@ PARAMETERS = {"head": 8_389_632, "decoder": 11_184_033, "generator": 3_606_976, 
 def _(data, published, given):
     "the only side, a multiple of 32 up to 1024, that gives the printed parameter counts of Table 5; none: not a number"
     def side(f, step): return next((s*32 for s in range(1, 33) if all(f(s*step)[k] == given["parameters"][k] for k in f(step))), np.nan)
-    return Recomputed({"VAE, px": side(vae_parameters, 32), "GAN, px": side(gan_parameters, 1)}, len(given["parameters"]),
+    return Recomputed({"VAE, px": side(vae_parameters, 32), "GAN, px": side(gan_parameters, 1)}, len(given["parameters"])//2,
         f"at 224 px a head would have {vae_parameters(224)['head']:,} parameters, the generator {gan_parameters(7)['generator']:,}")
 
 @claim("gmvae-normalisation", "vae-gmvae-gan", "section 4, Table 4", "GMVAE V3 to V6 are normalised, V7 and V8 are not",
-    {"V3": 1, "V4": 1, "V5": 1, "V6": 1, "V7": 0, "V8": 0},
+    {"V3": 1, "V4": 1, "V5": 1, "V6": 1, "V7": 0, "V8": 0}, printed=(),
        given={"Table 4": {"V3": True, "V4": True, "V5": True, "V6": True, "V7": False, "V8": True}})
 def _(data, published, given):
     "the column of Table 4 against the text of section 4"
     t = given["Table 4"]
-    return Recomputed({k: int(t[k]) for k in published}, len(t), "they differ for " + (", ".join(k for k in published if t[k] != published[k]) or "none"))
+    return Recomputed({k: int(t[k]) for k in published}, 1, "they differ for " + (", ".join(k for k in published if t[k] != published[k]) or "none"))
 
-# %% ../../nbs/14_audit.ipynb #ce92e33f
+# %% ../../nbs/14_audit.ipynb #5245d29d
 @claim("densenet-map", "synthetic-test-sets", "section 4.2.2", "the DenseNet's feature map is 1024 x 16 x 16", {"channels": 1024, "side": 16}, given={"px": 224})
 def _(data, published, given):
     "DenseNet121 run on shapes alone (PyTorch's meta device) at the stated 224 px"
@@ -633,13 +641,14 @@ def _(data, published, given):
 @claim("densenet-outputs", "synthetic-test-sets", "section 4.3", "the classifier has 14 outputs", {"outputs": 14}, given={"weights": "all"})
 def _(data, published, given):
     "labels that torchxrayvision lists for these weights (densenet121-res224-all), read from its source"
-    for node in ast.walk(ast.parse((data.package/"models.py").read_text())):
+    data.read.add(source := data.package/"models.py")
+    for node in ast.walk(ast.parse(source.read_text())):
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == f"model_urls['{given['weights']}']" and isinstance(node.value, ast.Dict):
             labels = next(ast.literal_eval(v) for k, v in zip(node.value.keys, node.value.values) if k.value == "labels")
             return Recomputed({"outputs": sum(map(bool, labels))}, len(labels), ", ".join(filter(None, labels)))
     raise NotAtHand(f"torchxrayvision lists no weights called {given['weights']!r}: use a version of it that does")
 
-# %% ../../nbs/14_audit.ipynb #5269d825
+# %% ../../nbs/14_audit.ipynb #5a1e5f31
 @lru_cache
 def silhouettes(
     separations: tuple,  # pairs: clouds, and the shift of the second set in standard deviations
@@ -668,7 +677,7 @@ _CLOUDS = ((1, 0.), (1, 4.), (6, 8.))
 SILHOUETTES = {"Cardiomegaly": .145, "Pleural Effusion": .171, "Atelectasis": .199, "Pneumothorax": .066, "No Findings": .140}
 
 @claim("silhouette-space", "synthetic-test-sets", "section 5.2.1", "a silhouette score on 3-D t-SNE coordinates says how far two sets are apart",
-    {"t-SNE minus features": 0}, tolerance=.05, given={"separations": _CLOUDS})
+    {"t-SNE minus features": 0}, tolerance=.05, given={"separations": _CLOUDS}, printed=(), drawn=True)
 def _(data, published, given):
     "largest difference of the two silhouettes over clouds of known geometry (seeded; see the table)"
     t = silhouettes(given["separations"])
@@ -676,7 +685,7 @@ def _(data, published, given):
     return Recomputed({"t-SNE minus features": d[d.abs().idxmax()]}, len(t), f"differences between {d.min():+.3f} and {d.max():+.3f}")
 
 @claim("silhouette-alike", "synthetic-test-sets", "section 5.2.1", "scores of 0.066 to 0.199 show that synthetic and real images are alike", {"AUROC": .5},
-    tolerance=.1, given={"scores": SILHOUETTES, "separations": _CLOUDS})
+    tolerance=.1, given={"scores": SILHOUETTES, "separations": _CLOUDS}, printed=(), drawn=True)
 def _(data, published, given):
     "the highest AUROC of telling two sets apart whose silhouette in t-SNE is no higher than the published ones; alike: 0.5"
     t, top = silhouettes(given["separations"]), max(given["scores"].values())
@@ -684,11 +693,11 @@ def _(data, published, given):
     if low.empty: raise NotAtHand(f"no setting of the experiment has a silhouette of {top} or less: add one with a smaller shift")
     return Recomputed({"AUROC": low.AUROC.max()}, len(low), f"{len(low)} settings with a silhouette up to {top}")
 
-# %% ../../nbs/14_audit.ipynb #e8c777bd
+# %% ../../nbs/14_audit.ipynb #fd222622
 def _release(id: str, place: str, statement: str, published: dict, f, how: str):
-    "Registers what a publisher says about a release; f(data) gives the numbers and how many rows they rest on."
+    "Registers what is known of a release; f(data) gives the numbers and how many rows they rest on."
     def run(data, published, given): return Recomputed(*f(data))
-    CLAIMS[id] = Claim(id, "the releases", place, statement, published, run, how)
+    CLAIMS[id] = Claim(id, "the releases", place, statement, published, run, how, printed=())
 
 def _nih_size(d):
     t = d.table("nih", "Finding Labels", "Patient ID", "Patient Gender", "View Position")
@@ -738,7 +747,7 @@ _release("openi", "OpenI (NLMCXR)", "reports", {"reports": 3955}, lambda d: ({"r
     "XML files of the archive")
 _release("v7", "V7 lung masks", "files", {"files": 517}, lambda d: ({"files": (k := len(d.members("v7")))}, k), "files of the archive")
 
-# %% ../../nbs/14_audit.ipynb #6df7d84f
+# %% ../../nbs/14_audit.ipynb #303e19fd
 def ledger(
     folder: str | Path | None = None,  # folder with `FILES`; None: the wheel's
     lt_csv: str = "",                  # CSV of NIH-CXR-LT
@@ -750,17 +759,19 @@ def ledger(
         outcomes = [check(c, data) for c in CLAIMS.values()]
     return pd.DataFrame([dict(id=o.claim.id, paper=o.claim.paper, place=o.claim.place, statement=o.claim.statement, published=o.published,
         recomputed=o.recomputed, relation=o.claim.relation,
-                              tolerance=o.claim.tolerance, verdict=o.verdict, how=o.claim.how, note=o.note, n=o.n) for o in outcomes])
+                              tolerance=o.claim.tolerance, verdict=o.verdict, how=o.claim.how, note=o.note, n=o.n,
+                              printed=[k for k in o.published if o.claim.prints(k)]) for o in outcomes])
 
 def _number(v: float) -> str: return "none" if v != v else f"{v:,.0f}" if v == round(v) else f"{v:.4f}" if abs(v) < 1 else f"{v:.2f}"
 
 def readable(
     rows: pd.DataFrame,  # of `ledger`
 ) -> pd.DataFrame:
-    "The ledger with its numbers as text."
-    line = lambda d: "; ".join(f"{k}: {_number(v)}" for k, v in d.items()) or "–"
-    return rows.assign(published=rows.published.map(line), recomputed=rows.recomputed.map(line),
-        tolerance=[f"{r}, ± {t:g}" if r == "equal" else f"{r}, margin {t:g}" for r, t in zip(rows.relation, rows.tolerance)]).drop(columns="relation")
+    "The ledger with its numbers as text; a value that no paper prints for this quantity, but that the statement means, is in brackets."
+    line = lambda d: "; ".join(f"{k}: {v if isinstance(v, str) else _number(v)}" for k, v in d.items()) or "–"
+    said = [line({k: _number(v) if k in own else f"({_number(v)})" for k, v in p.items()}) for p, own in zip(rows.published, rows.printed)]
+    return rows.assign(published=said, recomputed=rows.recomputed.map(line), n=[f"{max(n.values()):,}" if len({*n.values()}) == 1 else line(n) for n in rows.n],
+        tolerance=[f"{r}, ± {t:g}" if r == "equal" else f"{r}, margin {t:g}" for r, t in zip(rows.relation, rows.tolerance)]).drop(columns=["relation", "printed"])
 
 def ledger_html(
     rows: pd.DataFrame,  # of `ledger`
@@ -769,7 +780,7 @@ def ledger_html(
     colour = {REPRODUCED: "#1a7f37", CONTRADICTED: "#b42318", UNTESTED: "#7a6a00"}
     t, cell = readable(rows), lambda s: html.escape(str(s))
     head = "".join(f'<th style="min-width:{w}em;text-align:left;vertical-align:bottom;padding:.3em .6em">{c}</th>' for c,
-        w in (("verdict", 7), ("claim", 16), ("published", 14), ("recomputed", 14), ("how, and what was seen", 20)))
+        w in (("verdict", 7), ("claim", 16), ("published (in brackets: what the statement means)", 14), ("recomputed", 14), ("how, and what was seen", 20)))
     body = "".join("<tr>" + "".join(f'<td style="text-align:left;vertical-align:top;white-space:normal;overflow-wrap:anywhere;padding:.3em .6em">{x}</td>' for x in (
         f'<b style="color:{colour[r.verdict]}">{cell(r.verdict)}</b>', f"{cell(r.statement)}<br><small>{cell(r.paper)}, {cell(r.place)} [{cell(r.id)}]</small>",
         f"{cell(r.published)}<br><small>{cell(r.tolerance)}</small>", cell(r.recomputed), cell(r.how) + (f"<br><i>{cell(r.note)}</i>"

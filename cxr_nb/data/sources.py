@@ -9,8 +9,8 @@ __all__ = ['MANIFEST', 'META', 'ANNOTATIONS', 'ANNOTATION', 'BOX', 'SOURCES', 'M
            'read_siim', 'read_rsna', 'read_openi', 'read_folder', 'read_source', 'metadata_folder', 'read_metadata',
            'split_release']
 
-# %% ../../nbs/11_sources.ipynb #92048436
-import ast, collections, difflib, importlib.util, inspect, os, re, tarfile
+# %% ../../nbs/11_sources.ipynb #9a0aa92c
+import ast, collections, difflib, hashlib, importlib.util, inspect, os, re, tarfile
 import xml.etree.ElementTree as ET
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -138,14 +138,15 @@ def check_patients(manifest: pd.DataFrame, file: str = "manifest") -> None:
         who = twice.iloc[0]; where = " and ".join(twice.split[(twice.source == who.source) & (twice.patient_id == who.patient_id)])
         raise ValueError(f"{file}: patient {who.patient_id} is in {where} ({twice.drop_duplicates(['source', 'patient_id']).shape[0]} such patients); give every patient one split")
 
-# %% ../../nbs/11_sources.ipynb #a39d2d68
+# %% ../../nbs/11_sources.ipynb #ad4707c0
 def split_by_patient(
     manifest: pd.DataFrame,
     fractions: dict[str, float] = {"train": .7, "val": .1, "test": .2},  # shares of the patients without a split; they sum to 1
     seed: int = 0,
-    val_of_train: float = .125,  # where no patient is in "val" (the lists of NIH have train and test only): the share of the training patients that goes there
+    val_of_train: float = .125,  # where no patient is in "val": the share of the training patients that goes there
 ) -> pd.DataFrame:               # a copy with every split filled
-    "Gives a split to every patient that has none; official splits are kept, but for a validation part where the lists have none. Raises `ValueError` for fractions that do not sum to 1 and for patients in two splits."
+    """Gives a split to every patient that has none; official splits are kept. What official lists lack is made from them: without a test part (CheXpert) the validation part becomes it,
+    and without a validation part (NIH) one is taken from the training patients. Raises `ValueError` for fractions that do not sum to 1 and for patients in two splits."""
     if abs(sum(fractions.values()) - 1) > 1e-9 or not set(fractions) <= {"train", "val", "test"}: raise ValueError(f"fractions are shares of train, val and test that sum to 1, not {fractions}")
     check_patients(manifest)
     key = manifest.source + "/" + manifest.patient_id
@@ -154,6 +155,7 @@ def split_by_patient(
     free = r.permutation(official.index[official.isna()])
     edges = np.round(np.cumsum(list(fractions.values()))*len(free)).astype(int)
     chosen = official.dropna().to_dict() | {p: s for s, part in zip(fractions, np.split(free, edges[:-1])) for p in part}
+    if not len(free) and "test" not in chosen.values(): chosen = {p: "test" if s == "val" else s for p, s in chosen.items()}
     if "val" not in chosen.values():
         train = r.permutation([p for p, s in chosen.items() if s == "train"])
         chosen |= dict.fromkeys(train[:round(val_of_train*len(train))], "val")
@@ -287,16 +289,17 @@ def _boxes(t: pd.DataFrame, columns: list[str], width, height, corners: bool = F
     for c, v, size in ((columns[2], x1, width), (columns[3], y1, height)): _require(t, none | (v <= size + 1), c, "puts the box outside the image (more than one pixel past its end)")
     return pd.DataFrame({"x0": x/width, "y0": y/height, "x1": np.minimum(x1/width, 1), "y1": np.minimum(y1/height, 1)})
 
-# %% ../../nbs/11_sources.ipynb #28c163ec
+# %% ../../nbs/11_sources.ipynb #9c334bf3
 _TAGS = {"patient_id": "PatientID", "sex": "PatientSex", "age": "PatientAge", "view": "ViewPosition", "height": "Rows", "width": "Columns"}
 
 def _headers(root: Path, paths: pd.Series, notes: list[str]) -> pd.DataFrame:
-    "Columns of the manifest from DICOM headers, one row a path, same index."
+    "Columns of the manifest from DICOM headers, one row a path, same index; a patient is named by a hash of PatientID (whoever knows the numbers can still match them)."
     def one(path):
         try: h = pydicom.dcmread(root/path, stop_before_pixels=True, specific_tags=list(_TAGS.values()))
         except (pydicom.errors.InvalidDicomError, OSError, EOFError) as e: raise ValueError(f"{root/path}: is not a DICOM file that can be read ({e}); download it again") from e
         return [str(h.get(tag) or "").strip() or None for tag in _TAGS.values()]
     t = pd.DataFrame([one(p) for p in paths], columns=list(_TAGS), dtype=_TEXT)
+    t["patient_id"] = t.patient_id.map(lambda p: hashlib.sha256(f"cxr_nb {p}".encode()).hexdigest()[:16], na_action="ignore").astype(_TEXT)  # tells patients apart, names none
     t.attrs, t["path"] = {"file": f"{root} (DICOM headers)", "id": "path"}, paths.to_numpy()
     return pd.DataFrame({"patient_id": t.patient_id, "sex": _lookup(t, "sex", _SEX, "sex"), "age": _age(t, "age", notes), "view": _lookup(t, "view", _VIEW, "view"),
                          "width": _numbers(t, "width"), "height": _numbers(t, "height")}).set_axis(paths.index)

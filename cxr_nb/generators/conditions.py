@@ -119,7 +119,7 @@ class MeanImage(RealCopies):
         "The mean training image of the nearest labels, for each condition."
         return torch.stack([to_unit(torch.from_numpy(self.data.images[self._matches(c)])).mean(0, keepdim=True) for c in conditions])
 
-# %% ../../nbs/30_conditions.ipynb #af0743e4
+# %% ../../nbs/30_conditions.ipynb #96cfdaf9
 def sample_set(
     generator: Generator,         # any family
     conditions: list[Condition],  # one an image
@@ -128,6 +128,7 @@ def sample_set(
     name: str,                    # of the generator, for the manifest
     seed: int,                    # seed of the sampling
     batch_size: int = 32,         # images at a time; each batch has a random stream of its own
+    **made_by,                    # what else `set.json` should say of the making, e.g. a hash of the weights
 ) -> RadiographSet:
     "Samples one image for each condition and writes them as a set. Raises `ValueError` for a condition that the generator does not understand, `FileExistsError` where a set is there."
     for c in conditions:
@@ -142,4 +143,4 @@ def sample_set(
     known = {f: [getattr(c, f) for c in conditions] for f in ("view", "sex", "age", "race", "text", "parent")}
     manifest = as_manifest(pd.DataFrame({"image_id": ids, "patient_id": ids} | known | dict(zip(findings, findings_matrix(conditions, findings).astype(float).T))),
                            source=name, origin="synthetic", split="train", generator=name, seed=seed, width=images.shape[2], height=images.shape[1])
-    return write_set(path, images, manifest, made_by=dict(generator=name, seed=seed, batch_size=batch_size, n=len(images)))
+    return write_set(path, images, manifest, made_by=dict(generator=name, seed=seed, batch_size=batch_size, n=len(images)) | made_by)

@@ -158,7 +158,7 @@ def train_vae(
                   config=dict(beta=beta, reconstruction=reconstruction, channels=channels, latent=latent, data=data.sha256), **options)
     return fit_prior(history.model, data, rows), history.log
 
-# %% ../../nbs/31_vae.ipynb #c90b5f99
+# %% ../../nbs/31_vae.ipynb #7d247d42
 def active_units(
     mu: Tensor,             # posterior means of many images, [n d]
     threshold: float = .01, # variance above which a unit counts
@@ -173,8 +173,8 @@ def squared_errors(
     rows: np.ndarray,      # positions, [n]
 ) -> np.ndarray:           # mean squared error of each image over its pixels, on the scale of [-1, 1], [n]
     "Reconstruction error of each image, from the mean of its posterior."
-    x = to_unit(torch.from_numpy(data.images[rows])[:, None])
-    return np.concatenate([((vae.reconstruct(b).cpu() - b)**2).mean((1, 2, 3)).numpy() for b in x.split(64)])
+    def batches(k=64): return (to_unit(torch.from_numpy(data.images[rows[i:i + k]])[:, None]) for i in range(0, len(rows), k))
+    return np.concatenate([((vae.reconstruct(x).cpu() - x)**2).mean((1, 2, 3)).numpy() for x in batches()])
 
 # %% ../../nbs/31_vae.ipynb #8ec49b54
 def spread(
