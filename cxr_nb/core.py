@@ -137,7 +137,7 @@ def package_versions() -> dict[str, str]:
     have = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions() if d.metadata["Name"]}
     return {"python": platform.python_version()} | {p: have[p] for p in _PACKAGES if p in have}
 
-# %% ../nbs/00_core.ipynb #722b2fcd
+# %% ../nbs/00_core.ipynb #4c6ce836
 class Run:
     "The record of one run of a stage: parameters, environment, inputs, metrics, tables and figures, written to `run.json` by `finish`."
     def __init__(self,
@@ -167,13 +167,14 @@ class Run:
         group: str = "",                      # what it was measured of, e.g. an arm of a study or a finding
         published: float | None = None,       # what the paper prints for it
         source: str = "",                     # where the paper prints it, e.g. `"robust-cxr, section 3.2"`
+        headline: bool = False,               # whether the report shows it on its first page
     ) -> None:
         "Records a number. Raises `ValueError` where neither an interval nor exactness is stated, or where it is not finite."
         if (interval is None) != (how == "exact"): raise ValueError(f"metric {name}: give an interval and its method, or neither (then it is exact)")
         if not np.isfinite([value, *(() if interval is None else interval)]).all(): raise ValueError(f"metric {name} of {group or self.stage} is not finite: {value}, interval {interval}; leave it out and say why in the text")
         if (published is None) != (source == ""): raise ValueError(f"metric {name}: a published value and its source go together")
         self.metrics.append(dict(name=name, group=group, value=float(value), lo=None if interval is None else float(interval[0]),
-                                 hi=None if interval is None else float(interval[1]), how=how, n=int(n), published=published, source=source))
+                                 hi=None if interval is None else float(interval[1]), how=how, n=int(n), published=published, source=source, headline=headline))
 
     def cost(self, name: str, value: float, unit: str) -> None:
         "Records what the run took (seconds, MiB, images/s): not expected to be the same twice."
@@ -185,11 +186,11 @@ class Run:
         self.tables.append(dict(name=name, file=f"tables/{name}.csv", caption=caption, rows=len(frame)))
         return frame
 
-    def figure(self, name: str, fig: plt.Figure, caption: str, kind: str = "png") -> None:
-        "Writes `figures/NAME.png` (or `svg` for line drawings)."
+    def figure(self, name: str, fig: plt.Figure, caption: str, kind: str = "png", headline: bool = False) -> None:
+        "Writes `figures/NAME.png` (or `svg` for line drawings); a headline is shown on the report's first page."
         with atomic(self.dir/"figures"/f"{name}.{kind}") as tmp, matplotlib.rc_context({"svg.hashsalt": name}):
             fig.savefig(tmp, format=kind, dpi=120, bbox_inches="tight", metadata={"Date": None} if kind == "svg" else None)
-        self.figures.append(dict(name=name, file=f"figures/{name}.{kind}", caption=caption))
+        self.figures.append(dict(name=name, file=f"figures/{name}.{kind}", caption=caption, headline=headline))
 
     def uses(self, path: str | Path, sha256: str) -> None:
         "Records a set that was read, by path and hash."

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['KEYS', 'METRIC', 'RELEASES', 'PARTS', 'read_record', 'read_records', 'collect', 'paper_table', 'compare', 'number',
-           'anchor', 'html_table', 'record_page', 'data_line', 'papers_section', 'index_page', 'chapter', 'build_site']
+           'anchor', 'html_table', 'record_page', 'data_line', 'glance_section', 'papers_section', 'index_page',
+           'chapter', 'build_site']
 
 # %% ../nbs/90_report.ipynb #7f665bc1
 import ast, json, os, re, shutil, subprocess, sys, tempfile
@@ -148,7 +149,18 @@ def data_line(records: dict[str, dict[str, Any]]) -> str:
     what = "simulated radiographs (phantoms made from one CT; no patient's image)" if makers[0] == "13_phantom" else f"real radiographs: {RELEASES.get(s := r['parameters']['source'], s)}"
     return f"Made on {what}{'; ' + size if size else ''}."
 
-# %% ../nbs/90_report.ipynb #ebec8932
+# %% ../nbs/90_report.ipynb #e166ee86
+def glance_section(
+    records: dict[str, dict[str, Any]],  # stage -> record
+) -> str:                                # MyST markdown
+    "The figures and numbers that the stages marked as headlines, each linked to its record."
+    figures = [Markup('<figure><a href="records/{0}.html"><img src="records/{0}/{1}" alt="{2}"></a><figcaption>{2}</figcaption></figure>').format(s, f["file"], f["caption"])
+               for s, r in records.items() for f in r["figures"] if f.get("headline")]
+    rows = [(m["name"], m["group"], _link(number(m["value"]), f"records/{s}.html#{anchor(m['name'], m['group'])}"), _interval(m), m["n"])
+            for s, r in records.items() for m in r["metrics"] if m.get("headline")]
+    return f"## At a glance\n{_raw(*figures, html_table(pd.DataFrame(rows, columns=['quantity', 'of', 'ours', 'interval', 'n'], dtype=object)))}"
+
+# %% ../nbs/90_report.ipynb #05a98d14
 def papers_section(
     stage: str,              # name of the stage
     title: str,              # of its chapter
@@ -170,6 +182,7 @@ def index_page(
     dates = [d[:10] for d in sorted(r["started"] for r in records.values())]
     said = [data_line(records), f"Preset {name}; {' to '.join(sorted({dates[0], dates[-1]}))}; commit {', '.join(sorted({_commit(r['git']) for r in records.values()}))}.", "Not for clinical use."]
     page = ["# Generative modelling of chest radiographs", _raw('<div class="made">', Markup('<p class="data">{}</p><p>{}</p><p>{}</p>').format(*said), "</div>")]
+    page += [glance_section(records)] if any(x.get("headline") for r in records.values() for x in [*r["metrics"], *r["figures"]]) else []
     printed = {s: [m for m in r["metrics"] if m["published"] is not None] for s, r in reversed(records.items())}
     page += ["## The papers' numbers beside ours", "Each of ours leads to the record of the run that measured it." if any(printed.values()) else "No stage of this report measured a quantity that a paper prints."]
     page += [papers_section(s, f"[{chapters[s]}](chapters/{s}.ipynb)" if s in chapters else s, m) for s, m in printed.items() if m]

@@ -3,10 +3,8 @@
     .venv/bin/python tests/kill_report.py --kills 10                 # the smoke report
     .venv/bin/python tests/kill_report.py --preset tests/chain.yaml --kills 2
 """
-import argparse, os, random, signal, subprocess, sys, tempfile, time
+import argparse, os, random, shutil, signal, subprocess, tempfile, time
 from pathlib import Path
-
-import pandas as pd
 
 from cxr_nb.core import repo_root
 from cxr_nb.report import compare
@@ -37,42 +35,45 @@ def workers(runs):
     return found
 
 
-def kill_and_resume(runs, site, preset, kills, longest, seed=0, more=(), say=print):
-    "Kills a report `kills` times, each after a random time of at most `longest` seconds, then lets it end. A report that ends before its kill counts as no kill and is started afresh."
+def kill_and_resume(runs, site, preset, kills, longest, seed=0, more=(), check=lambda: None, say=print):
+    "Kills a report `kills` times, each after a random time of at most `longest` seconds, resumes it, and lets the last one end. One that ends before its kill is checked and begun afresh."
     rand, done = random.Random(seed), 0
     while done < kills:
-        process, after = report(runs, site, preset, *more), rand.uniform(.5, longest)
-        try: process.wait(after)
+        process, after, start = report(runs, site, preset, *more), rand.uniform(.5, longest), time.perf_counter()
+        try: said, _ = process.communicate(timeout=after)
         except subprocess.TimeoutExpired:
             at_work = workers(runs)
             os.killpg(process.pid, signal.SIGKILL); process.communicate(); done += 1
             killed = time.perf_counter()
-            say(f"kill {done} after {after:.1f} s, at work: {', '.join(sorted(at_work)) or 'no stage'}", flush=True)
+            say(f"kill {done} after {after:.0f} s, at work: {', '.join(sorted(at_work)) or 'no stage'}", flush=True)
             if rand.random() < .5:  # half of the time wait for the orphans, to time them; else resume at once, beside them
                 while workers(runs): time.sleep(.05)
                 say(f"    the last process was gone after {time.perf_counter() - killed:.1f} s", flush=True)
-        else: raise RuntimeError(f"make report ended within {after:.1f} s, before its kill {done + 1}:\n{process.communicate()[0][-2000:]}\ngive a smaller --longest")
-    return finish(report(runs, site, preset, *more))
+        else:
+            if process.returncode: raise RuntimeError(f"make report failed:\n{said[-3000:]}")
+            check(); shutil.rmtree(runs)
+            say(f"ended after {time.perf_counter() - start:.0f} s, before its kill, with the same numbers: begun afresh", flush=True)
+    finish(report(runs, site, preset, *more))
+    check()
 
 
-def differences(a, b) -> pd.DataFrame:
-    "Metrics, tables and sets that are not the same in two folders of runs."
+def assert_same(a, b) -> int:
+    "How many metrics, tables and sets were compared. Raises `AssertionError` with those that differ."
     both = compare(a, b)
-    return both[~both.same]
+    assert both.same.all(), f"{b} differs from {a}:\n{both[~both.same].to_string()}"
+    return len(both)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="smoke"); parser.add_argument("--kills", type=int, default=10); parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--longest", type=float, help="seconds a report may run before it is killed; default: 2/kills of an undisturbed run")
-    parser.add_argument("--undisturbed", help="folder of runs to compare with; default: one is made")
+    parser.add_argument("--longest", type=float, help="seconds a report may run before it is killed; default: three quarters of an undisturbed run")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as d:
-        start, calm = time.perf_counter(), args.undisturbed
-        if not calm: calm = f"{d}/calm"; finish(report(calm, f"{d}/calm-site", args.preset))
+        start = time.perf_counter()
+        finish(report(f"{d}/calm", f"{d}/calm-site", args.preset))
         took = time.perf_counter() - start
         print(f"undisturbed: {took:.0f} s", flush=True)
-        kill_and_resume(f"{d}/killed", f"{d}/killed-site", args.preset, args.kills, args.longest or 2*took/args.kills, args.seed)
-        unlike, n = differences(calm, f"{d}/killed"), len(compare(calm, f"{d}/killed"))
-        print(unlike.to_string() if len(unlike) else f"{args.kills} kills: all {n} metrics, tables and sets are the same as those of the undisturbed run")
-    sys.exit(len(unlike) > 0)
+        check = lambda: assert_same(f"{d}/calm", f"{d}/killed")
+        kill_and_resume(f"{d}/killed", f"{d}/killed-site", args.preset, args.kills, args.longest or .75*took, args.seed, check=check)
+        print(f"{args.kills} kills: all {check()} metrics, tables and sets are the same as those of the undisturbed run")
