@@ -5,16 +5,19 @@ set -uo pipefail
 python=$1 dir=$2 key=$3 threads=$4 parameters=$5
 stage=$(basename "$dir"); mark=CXR_NB_RUN=$(realpath -m "$dir")
 
-for _ in $(seq 150); do  # the kernel of a killed run must not write beside this one
-    busy=$(grep -lsxz "$mark" /proc/[0-9]*/environ | cut -d/ -f3 | xargs)
-    [ -z "$busy" ] && break
+# Neither a cluster's job that outlived the workflow that sent it nor the kernel of a killed run may write beside this one.
+mkdir -p "$dir"; busy=""
+exec 9> "$(dirname "$dir")/.$stage.lock"; flock -w 15 9 || busy="of another machine"
+for _ in $(seq 150); do
+    here=$(grep -lsxz "$mark" /proc/[0-9]*/environ | cut -d/ -f3 | xargs)
+    [ -z "$here" ] && break
     sleep .1
 done
-if [ -n "$busy" ]; then echo "$stage: $dir is still being worked in by the processes $busy: end them first" | tee "$dir/error.txt" >&2; exit 1; fi
+if [ -n "$busy$here" ]; then echo "$stage: $dir is still being worked in by the processes ${here:-$busy}: end them first" | tee "$dir/error.txt" >&2; exit 1; fi
 
 if [ "$(cat "$dir/.key" 2>/dev/null)" != "$key" ]; then  # not a continuation of the same run: start in an empty folder
     old=$(dirname "$dir")/.replaced/$stage
-    rm -rf "$old"; mkdir -p "$dir" "$(dirname "$old")"; mv "$dir" "$old"; mkdir -p "$dir"
+    rm -rf "$old"; mkdir -p "$(dirname "$old")"; mv "$dir" "$old"; mkdir -p "$dir"
     echo "$key" > "$dir/.key"
 fi
 rm -f "$dir/error.txt"
