@@ -17,7 +17,7 @@ NAME   := $(basename $(notdir $(PRESET)))$(if $(SOURCE),-$(SOURCE))
 RUNS   ?= reports/runs/$(NAME)
 SITE   ?= reports/site/$(NAME)
 BIN    := $(CURDIR)/.venv/bin
-WORKERS ?= $(shell awk -v n=$$(nproc) '/MemAvailable/ {m = int($$2/2^21); print n < m ? n : m > 1 ? m : 1}' /proc/meminfo)
+WORKERS ?= $(shell awk -v n=$$(nproc) '/MemAvailable/ {m = int($$2/2^21); print (n < m ? n : (m > 1 ? m : 1))}' /proc/meminfo)
 
 .PHONY: help setup report test lab clean clean-runs
 help:
