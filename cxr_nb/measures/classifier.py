@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['wheel_weights', 'load_weights', 'small_network', 'Classifier', 'masked_bce', 'predict', 'cell_losses',
-           'evaluation_loss', 'fit_classifier']
+           'evaluation_loss', 'fit_classifier', 'fit_classifier_on']
 
-# %% ../../nbs/20_classifier.ipynb #335a8539
+# %% ../../nbs/20_classifier.ipynb #7d53cd46
 import importlib.util
 from pathlib import Path
 
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..core import seeded
-from ..data.images import RadiographSet
+from ..data.images import RadiographData, RadiographSet
+from ..data.phantom import open_dataset
 from ..train import Plateau, Validate, evaluating, fit
 
 # %% ../../nbs/20_classifier.ipynb #52586c79
@@ -116,7 +117,7 @@ def evaluation_loss(model: Classifier, data: RadiographSet, rows: np.ndarray) ->
     loss, cells = cell_losses(model, data, rows)
     return float(loss.sum()/cells.sum())
 
-# %% ../../nbs/20_classifier.ipynb #c513424d
+# %% ../../nbs/20_classifier.ipynb #7127a211
 def fit_classifier(
     train: Dataset,            # batches with "image" and "findings"; `train.findings` names the columns
     data: RadiographSet,       # the set that holds the validation images
@@ -140,3 +141,9 @@ def fit_classifier(
                   config=dict(architecture=architecture, weights=weights, findings=train.findings, validation=data.sha256), callbacks=watch, **options)
     log = history.log.groupby("epoch", as_index=False).agg(train=("bce", "mean"), validation=("validation", "last"), lr=("lr", "last"))
     return history.model, log.assign(epoch=log.epoch + 1)
+
+def fit_classifier_on(config: dict) -> None:  # dataset, size, out, and the settings of `fit_classifier`
+    "`fit_classifier` as each of several processes calls it (`cxr_nb.train.launch`), on the splits of a set; another call in the same folder takes up the result."
+    data = open_dataset(config["dataset"], config["size"])
+    rows, val = (data.select(data.manifest.split == s) for s in ("train", "val"))
+    fit_classifier(RadiographData(data, rows, data.findings), data, val, config["out"], **config["settings"])
