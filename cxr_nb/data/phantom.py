@@ -551,9 +551,9 @@ def phantom_set(path: str | Path, n: int, size: int, workers: int = 2, **options
         os.replace(new, path)
         return open_set(path)
 
-# %% ../../nbs/13_phantom.ipynb #37cc57e8
+# %% ../../nbs/13_phantom.ipynb #206be021
 def open_dataset(
-    spec: str,   # "phantom", the path of a set folder, or "SOURCE:/root/of/the/release" with one of SOURCES, e.g. "nih:/data/nih"
+    spec: str,   # "phantom", the path of a set folder, or "SOURCE:/path/of/a/release" with one of SOURCES, e.g. "nih:/data/nih"
     size: int,   # edge of the images, pixels
     **options,   # phantom: n (default 480) and what else make_phantom_set takes; a release: the reader's and build_set's options, seed and fractions of the split
 ) -> RadiographSet:
@@ -566,7 +566,7 @@ def open_dataset(
         return have if have.size == size else _smaller(have, size)
     if root and source in SOURCES: return _cached_release(source, Path(root), size, **options)
     if root and not Path(spec).exists(): raise ValueError(f"dataset {spec!r}: {source!r} is no source; the sources are {', '.join(SOURCES)}")
-    raise FileNotFoundError(f"dataset {spec!r} is neither 'phantom', nor a folder with a finished set (set.json), nor SOURCE:/root with one of {', '.join(SOURCES)}")
+    raise FileNotFoundError(f"dataset {spec!r} is neither 'phantom', nor a folder with a finished set (set.json), nor SOURCE:/path with one of {', '.join(SOURCES)}")
 
 def _key(settings: dict) -> str: return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
