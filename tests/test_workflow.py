@@ -167,6 +167,13 @@ def test_nothing_runs_twice(chain):
     assert "Nothing to be done" in finish(report(RUNS, SITE, CHAIN))
 
 
+def test_a_deleted_record_is_made_again_with_all_that_follows(chain, tmp_path):
+    shutil.copytree(RUNS, tmp_path/"runs")
+    (tmp_path/"runs"/"31_vae"/"run.json").unlink()
+    said = finish(report(tmp_path/"runs", SITE, CHAIN, "ARGS=-n --rerun-triggers mtime"))
+    assert {*re.findall(r"Job \d+: (.*)", said)} == {"31_vae", "90_report", "the pages"}
+
+
 def test_a_failed_stage_is_named_and_leaves_the_earlier_ones(chain, tmp_path):
     shutil.copytree(RUNS, tmp_path/"runs")
     (tmp_path/"p.yaml").write_text((ROOT/CHAIN).read_text().replace("size: 32, channels", "size: 31, channels"))
