@@ -496,7 +496,7 @@ def _accuracy(data, published, given):
         c, d = constant_accuracy(x), constant_accuracy(x.drop(columns="No_Finding"))
         values |= dict(zip((f"{a}, {unit}" for a in ("all absent", "No Findings for all", "14 diseases all absent")),
             (c["all absent"], c["No_Finding for all"], d["all absent"])))
-        n |= dict.fromkeys(values.keys() - n.keys(), len(x))
+        n |= dict.fromkeys([k for k in values if k not in n], len(x))
     best = max(values, key=values.get)
     return Recomputed(values, n, f"the best constant answer: {best}, {values[best]:.4f}")
 
