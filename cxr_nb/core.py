@@ -7,7 +7,7 @@ __all__ = ['repo_root', 'cache_dir', 'rng', 'torch_rng', 'seeded', 'default_devi
            'read_parameters', 'check_parameters', 'git_state', 'package_versions', 'Run', 'to_uint8', 'to_unit',
            'image_grid']
 
-# %% ../nbs/00_core.ipynb #96c615e2
+# %% ../nbs/00_core.ipynb #cc157b93
 import ast, difflib, errno, hashlib, importlib.metadata, json, os, platform, resource, shutil, subprocess, sys, time, zlib
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 import psutil
 import torch
+from fastcore.basics import patch
 
 # %% ../nbs/00_core.ipynb #e1e48121
 def repo_root() -> Path:  # the checkout that holds `settings.ini`
@@ -137,7 +138,7 @@ def package_versions() -> dict[str, str]:
     have = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions() if d.metadata["Name"]}
     return {"python": platform.python_version()} | {p: have[p] for p in _PACKAGES if p in have}
 
-# %% ../nbs/00_core.ipynb #4c6ce836
+# %% ../nbs/00_core.ipynb #2aa6cdf1
 class Run:
     "The record of one run of a stage: parameters, environment, inputs, metrics, tables and figures, written to `run.json` by `finish`."
     def __init__(self,
@@ -158,56 +159,65 @@ class Run:
         self.metrics, self.costs, self.tables, self.figures, self.sets = [], [], [], [], []
         self.start = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
-    def metric(self,
-        name: str,                            # what was measured, e.g. `"auroc_macro"`
-        value: float,                         # the measured value
-        n: int,                               # how many things it was measured on
-        interval: tuple[float, float] | None = None,  # lower and upper bound
-        how: str = "exact",                   # method of the interval; `"exact"`: a count, nothing was sampled
-        group: str = "",                      # what it was measured of, e.g. an arm of a study or a finding
-        published: float | None = None,       # what the paper prints for it
-        source: str = "",                     # where the paper prints it, e.g. `"robust-cxr, section 3.2"`
-        headline: bool = False,               # whether the report shows it on its first page
-    ) -> None:
-        "Records a number. Raises `ValueError` where neither an interval nor exactness is stated, or where it is not finite."
-        if (interval is None) != (how == "exact"): raise ValueError(f"metric {name}: give an interval and its method, or neither (then it is exact)")
-        if not np.isfinite([value, *(() if interval is None else interval)]).all(): raise ValueError(f"metric {name} of {group or self.stage} is not finite: {value}, interval {interval}; leave it out and say why in the text")
-        if (published is None) != (source == ""): raise ValueError(f"metric {name}: a published value and its source go together")
-        self.metrics.append(dict(name=name, group=group, value=float(value), lo=None if interval is None else float(interval[0]),
-                                 hi=None if interval is None else float(interval[1]), how=how, n=int(n), published=published, source=source, headline=headline))
+# %% ../nbs/00_core.ipynb #7903bb55
+@patch
+def metric(self: Run,
+    name: str,                            # what was measured, e.g. `"auroc_macro"`
+    value: float,                         # the measured value
+    n: int,                               # how many things it was measured on
+    interval: tuple[float, float] | None = None,  # lower and upper bound
+    how: str = "exact",                   # method of the interval; `"exact"`: a count, nothing was sampled
+    group: str = "",                      # what it was measured of, e.g. an arm of a study or a finding
+    published: float | None = None,       # what the paper prints for it
+    source: str = "",                     # where the paper prints it, e.g. `"robust-cxr, section 3.2"`
+    headline: bool = False,               # whether the report shows it on its first page
+) -> None:
+    "Records a number. Raises `ValueError` where neither an interval nor exactness is stated, or where it is not finite."
+    if (interval is None) != (how == "exact"): raise ValueError(f"metric {name}: give an interval and its method, or neither (then it is exact)")
+    if not np.isfinite([value, *(() if interval is None else interval)]).all(): raise ValueError(f"metric {name} of {group or self.stage} is not finite: {value}, interval {interval}; leave it out and say why in the text")
+    if (published is None) != (source == ""): raise ValueError(f"metric {name}: a published value and its source go together")
+    self.metrics.append(dict(name=name, group=group, value=float(value), lo=None if interval is None else float(interval[0]),
+                             hi=None if interval is None else float(interval[1]), how=how, n=int(n), published=published, source=source, headline=headline))
 
-    def cost(self, name: str, value: float, unit: str) -> None:
-        "Records what the run took (seconds, MiB, images/s): not expected to be the same twice."
-        self.costs.append(dict(name=name, value=float(value), unit=unit))
+# %% ../nbs/00_core.ipynb #61a4dfa9
+@patch
+def cost(self: Run, name: str, value: float, unit: str) -> None:
+    "Records what the run took (seconds, MiB, images/s): not expected to be the same twice."
+    self.costs.append(dict(name=name, value=float(value), unit=unit))
 
-    def table(self, name: str, frame: pd.DataFrame, caption: str) -> pd.DataFrame:  # the frame itself, to show it
-        "Writes `tables/NAME.csv`."
-        with atomic(self.dir/"tables"/f"{name}.csv") as tmp: frame.to_csv(tmp, index=False)
-        self.tables.append(dict(name=name, file=f"tables/{name}.csv", caption=caption, rows=len(frame)))
-        return frame
+@patch
+def uses(self: Run, path: str | Path, sha256: str) -> None:
+    "Records a set that was read, by path and hash."
+    self.sets.append(dict(path=str(path), sha256=sha256))
 
-    def figure(self, name: str, fig: plt.Figure, caption: str, kind: str = "png", headline: bool = False) -> None:
-        "Writes `figures/NAME.png` (or `svg` for line drawings); a headline is shown on the report's first page."
-        with atomic(self.dir/"figures"/f"{name}.{kind}") as tmp, matplotlib.rc_context({"svg.hashsalt": name}):
-            fig.savefig(tmp, format=kind, dpi=120, bbox_inches="tight", metadata={"Date": None} if kind == "svg" else None)
-        self.figures.append(dict(name=name, file=f"figures/{name}.{kind}", caption=caption, headline=headline))
+@patch
+def table(self: Run, name: str, frame: pd.DataFrame, caption: str) -> pd.DataFrame:  # the frame itself, to show it
+    "Writes `tables/NAME.csv`."
+    with atomic(self.dir/"tables"/f"{name}.csv") as tmp: frame.to_csv(tmp, index=False)
+    self.tables.append(dict(name=name, file=f"tables/{name}.csv", caption=caption, rows=len(frame)))
+    return frame
 
-    def uses(self, path: str | Path, sha256: str) -> None:
-        "Records a set that was read, by path and hash."
-        self.sets.append(dict(path=str(path), sha256=sha256))
+@patch
+def figure(self: Run, name: str, fig: plt.Figure, caption: str, kind: str = "png", headline: bool = False) -> None:
+    "Writes `figures/NAME.png` (or `svg` for line drawings); a headline is shown on the report's first page."
+    with atomic(self.dir/"figures"/f"{name}.{kind}") as tmp, matplotlib.rc_context({"svg.hashsalt": name}):
+        fig.savefig(tmp, format=kind, dpi=120, bbox_inches="tight", metadata={"Date": None} if kind == "svg" else None)
+    self.figures.append(dict(name=name, file=f"figures/{name}.{kind}", caption=caption, headline=headline))
 
-    def finish(self) -> Path:  # path of the record
-        "Writes `run.json`; without it the folder counts as unfinished."
-        usage = [resource.getrusage(w).ru_maxrss for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-        unit = 2**20 if sys.platform == "darwin" else 2**10
-        self.cost("wall time", time.time() - psutil.Process().create_time(), "s")  # of the kernel, imports included
-        self.cost("peak memory of the process", usage[0]/unit, "MiB")
-        if torch.cuda.is_available(): self.cost("peak GPU memory", torch.cuda.max_memory_allocated()/2**20, "MiB")
-        write_json(self.dir/"run.json", dict(
-            stage=self.stage, parameters=self.parameters, seed=self.seed, started=self.start, git=git_state(self.root), versions=package_versions(),
-            machine=dict(device=str(default_device()), name=torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(), threads=torch.get_num_threads(), system=platform.system()),
-            sets=self.sets, metrics=self.metrics, tables=self.tables, figures=self.figures, costs=self.costs))
-        return self.dir/"run.json"
+# %% ../nbs/00_core.ipynb #d3e1fec5
+@patch
+def finish(self: Run) -> Path:  # path of the record
+    "Writes `run.json`; without it the folder counts as unfinished."
+    usage = [resource.getrusage(w).ru_maxrss for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    self.cost("wall time", time.time() - psutil.Process().create_time(), "s")  # of the kernel, imports included
+    self.cost("peak memory of the process", usage[0]/unit, "MiB")
+    if torch.cuda.is_available(): self.cost("peak GPU memory", torch.cuda.max_memory_allocated()/2**20, "MiB")
+    write_json(self.dir/"run.json", dict(
+        stage=self.stage, parameters=self.parameters, seed=self.seed, started=self.start, git=git_state(self.root), versions=package_versions(),
+        machine=dict(device=str(default_device()), name=torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(), threads=torch.get_num_threads(), system=platform.system()),
+        sets=self.sets, metrics=self.metrics, tables=self.tables, figures=self.figures, costs=self.costs))
+    return self.dir/"run.json"
 
 # %% ../nbs/00_core.ipynb #a106b3cc
 def to_uint8(

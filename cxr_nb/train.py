@@ -277,7 +277,7 @@ class SampleGrid(Callback):
         if (s.step + 1) % self.every or not s.main: return
         with evaluating(s.module) as m, atomic(s.out/"samples"/f"step-{s.step + 1:08d}.png") as tmp: image_grid(self.fn(m)).savefig(tmp, dpi=80)
 
-# %% ../nbs/01_train.ipynb #06c6a14a
+# %% ../nbs/01_train.ipynb #a49af4dc
 class Validate(Callback):
     "After every `every` epochs, logs the numbers that `fn(module)` gives; keeps the weights with the best of them in `best.safetensors`."
     def __init__(self,
@@ -302,6 +302,7 @@ class Validate(Callback):
     def state_dict(self) -> dict[str, Any]: return {"best": self.best} if self.key else {}
     def load_state_dict(self, d: dict[str, Any]) -> None: self.best = d["best"]
 
+# %% ../nbs/01_train.ipynb #99e4c059
 class Plateau(Callback):
     "After an epoch, multiplies the learning rate when a logged number has not fallen for more than `patience` epochs. Raises `ValueError` beside a `schedule`."
     def __init__(self,

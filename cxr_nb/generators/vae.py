@@ -6,13 +6,14 @@
 __all__ = ['Encoder', 'Decoder', 'kl_to_standard', 'VAE', 'encode_set', 'fit_prior', 'train_vae', 'train_vae_on', 'active_units',
            'squared_errors', 'spread']
 
-# %% ../../nbs/31_vae.ipynb #bfdfa48b
+# %% ../../nbs/31_vae.ipynb #580aea62
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from sklearn.covariance import ledoit_wolf
 from sklearn.linear_model import Ridge
 from torch import Tensor, nn
@@ -55,7 +56,7 @@ def kl_to_standard(
     "KL divergence of N(mu, exp(logvar)) from N(0, 1), closed form (vae-gmvae-gan, section 3.1)."
     return -.5*(1 + logvar - mu**2 - logvar.exp())
 
-# %% ../../nbs/31_vae.ipynb #e916dd68
+# %% ../../nbs/31_vae.ipynb #e5c79708
 class VAE(nn.Module):
     "The VAE of vae-gmvae-gan; with the defaults its parameter counts are those of Table 5. Raises `ValueError` for a size that five halvings do not fit."
     conditions = frozenset({"findings"})  # after `fit_prior`; without findings it samples from N(0, I)
@@ -93,20 +94,23 @@ class VAE(nn.Module):
         error = error.sum(1) if self.reconstruction == "sum" else error.mean(1)
         return {"reconstruction": error.mean(), "kl": self.beta*kl_to_standard(mu, logvar).sum(1).mean()}
 
-    @torch.no_grad()
-    def reconstruct(self, x: Tensor) -> Tensor:  # [b 1 h w] in [-1, 1], both
-        "Decodes the mean of q(z|x), on the model's device."
-        return self.decoder(self.encode(x.to(self.prior_mean.device))[0])
+# %% ../../nbs/31_vae.ipynb #0dc7d9f7
+@patch
+@torch.no_grad()
+def reconstruct(self: VAE, x: Tensor) -> Tensor:  # [b 1 h w] in [-1, 1], both
+    "Decodes the mean of q(z|x), on the model's device."
+    return self.decoder(self.encode(x.to(self.prior_mean.device))[0])
 
-    @torch.no_grad()
-    def sample(self, conditions: list[Condition], rng: torch.Generator) -> Tensor:  # [n 1 h w] in [-1, 1]
-        "Decodes draws from N(0, I), or from the fitted prior for a condition that asks for findings."
-        device = self.prior_mean.device
-        noise = torch.randn(len(conditions), self.prior_mean.shape[1], generator=rng, device=rng.device).to(device)
-        y = torch.from_numpy(np.nan_to_num(findings_matrix(conditions, self.findings))).to(device)
-        fitted = self.prior_mean[0] + y @ self.prior_mean[1:] + noise @ self.prior_factor.T
-        asked = torch.tensor([bool(c.findings) for c in conditions], device=device)[:, None]
-        return self.decoder(torch.where(asked, fitted, noise))
+@patch
+@torch.no_grad()
+def sample(self: VAE, conditions: list[Condition], rng: torch.Generator) -> Tensor:  # [n 1 h w] in [-1, 1]
+    "Decodes draws from N(0, I), or from the fitted prior for a condition that asks for findings."
+    device = self.prior_mean.device
+    noise = torch.randn(len(conditions), self.prior_mean.shape[1], generator=rng, device=rng.device).to(device)
+    y = torch.from_numpy(np.nan_to_num(findings_matrix(conditions, self.findings))).to(device)
+    fitted = self.prior_mean[0] + y @ self.prior_mean[1:] + noise @ self.prior_factor.T
+    asked = torch.tensor([bool(c.findings) for c in conditions], device=device)[:, None]
+    return self.decoder(torch.where(asked, fitted, noise))
 
 # %% ../../nbs/31_vae.ipynb #0c176cb6
 @torch.no_grad()
