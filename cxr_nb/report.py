@@ -140,13 +140,13 @@ RELEASES = {"nih": "NIH ChestX-ray14", "chexpert": "CheXpert", "mimic": "MIMIC-C
 def data_line(records: dict[str, dict[str, Any]]) -> str:
     "One sentence: which radiographs the records were made on."
     taken = {str(r["parameters"]["dataset"]) for r in records.values() if r["parameters"].get("dataset")}
-    makers = sorted({Path(t).parent.name for t in taken} & {"12_images", "13_phantom"})
+    makers = sorted({Path(t).parent.name for t in taken} & {"12_images", "15_phantom"})
     if not taken: return "No stage of this report used radiographs."
     if not makers: return f"Made on {', '.join(sorted(taken))}."
     r = records[makers[0]]
     counts = {m["name"]: number(m["value"]) for m in r["metrics"] if m["name"] in ("images", "patients") and not m["group"]}
     size = ", ".join(f"{v} {k}" for k, v in counts.items())
-    what = "simulated radiographs (phantoms made from one CT; no patient's image)" if makers[0] == "13_phantom" else f"real radiographs: {RELEASES.get(s := r['parameters']['source'], s)}"
+    what = "simulated radiographs (phantoms made from one CT; no patient's image)" if makers[0] == "15_phantom" else f"real radiographs: {RELEASES.get(s := r['parameters']['source'], s)}"
     return f"Made on {what}{'; ' + size if size else ''}."
 
 # %% ../nbs/90_report.ipynb #e166ee86

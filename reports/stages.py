@@ -47,7 +47,7 @@ def plan(
         if s not in notebooks: raise ValueError(f"{where}: no stage `{s}`; the nearest is `{nearest(s, notebooks)}`. Stages: {', '.join(notebooks)}")
 
     have = {s: read_parameters(p) for s, p in notebooks.items()}
-    data = "12_images/set" if source else "13_phantom/set"
+    data = "12_images/set" if source else "15_phantom/set"
     takes = {s: ({"dataset": data} if "dataset" in have[s] else {}) | TAKES.get(s, {}) for s in notebooks}
     before = {s: {path.split("/")[0] for path in takes[s].values()} - {""} for s in notebooks}
     def with_needs(s): return {s}.union(*map(with_needs, before[s]))

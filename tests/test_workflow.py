@@ -24,8 +24,8 @@ RUNS, SITE = ROOT/"reports"/"runs"/"chain", ROOT/"reports"/"site"/"chain"
     ({"31_va": {"steps": 3}}, "no stage `31_va`; the nearest is `31_vae`"),
     ({"31_vae": {"lr": "1e-4"}}, "in YAML write 1.0e-4"),
     ({"31_vae": {"out": "x"}}, "`out` of 31_vae is set by the workflow"),
-    ({"14_audit": {"dataset": "x"}}, "`dataset` of 14_audit is set by the workflow"),
-    ({"resources": {"13_phantoms": {"threads": 2}}}, "no stage `13_phantoms`; the nearest is `13_phantom`"),
+    ({"16_audit": {"dataset": "x"}}, "`dataset` of 16_audit is set by the workflow"),
+    ({"resources": {"15_phantoms": {"threads": 2}}}, "no stage `15_phantoms`; the nearest is `15_phantom`"),
     ({"stages": ["31_vea"]}, "no stage `31_vea`; the nearest is `31_vae`"),
 ])
 def test_preset_that_does_not_fit_is_refused(tmp_path, preset, said):
@@ -43,11 +43,11 @@ def test_unknown_preset_bad_yaml_and_half_a_source_are_refused(tmp_path):
 # What a stage takes, and when it runs again
 
 def test_stages_take_the_phantom_or_the_release():
-    assert plan("smoke", "r")["50_augment"].parameters == {"out": "r/50_augment", "dataset": "r/13_phantom/set", "synthetic": "r/31_vae/set"}
+    assert plan("smoke", "r")["50_augment"].parameters == {"out": "r/50_augment", "dataset": "r/15_phantom/set", "synthetic": "r/31_vae/set"}
     real = plan("smoke", "r", "nih", "/data/nih")
     assert real["31_vae"].parameters["dataset"] == "r/12_images/set" and real["31_vae"].needs == ["12_images"]
     assert real["12_images"].parameters == {"out": "r/12_images", "source": "nih", "root": "/data/nih"}
-    assert list(plan(CHAIN, "r")) == ["13_phantom", "31_vae", "90_report"] and plan(CHAIN, "r")["90_report"].needs == ["13_phantom", "31_vae"]
+    assert list(plan(CHAIN, "r")) == ["15_phantom", "31_vae", "90_report"] and plan(CHAIN, "r")["90_report"].needs == ["15_phantom", "31_vae"]
 
 
 def small_checkout(root):
@@ -140,9 +140,9 @@ class Page(HTMLParser):
 
 
 def test_chain_leaves_records_sets_and_executed_notebooks(chain):
-    assert list(chain) == ["13_phantom", "31_vae", "90_report"]
-    assert chain["31_vae"]["parameters"]["dataset"] == "reports/runs/chain/13_phantom/set" and chain["31_vae"]["machine"]["threads"] == 1
-    assert chain["31_vae"]["sets"][0]["sha256"] == chain["13_phantom"]["sets"][0]["sha256"]
+    assert list(chain) == ["15_phantom", "31_vae", "90_report"]
+    assert chain["31_vae"]["parameters"]["dataset"] == "reports/runs/chain/15_phantom/set" and chain["31_vae"]["machine"]["threads"] == 1
+    assert chain["31_vae"]["sets"][0]["sha256"] == chain["15_phantom"]["sets"][0]["sha256"]
     made = json.loads((RUNS/"31_vae"/"31_vae.ipynb").read_text())
     assert any("injected-parameters" in c["metadata"].get("tags", []) for c in made["cells"])
 
@@ -179,14 +179,14 @@ def test_a_failed_stage_is_named_and_leaves_the_earlier_ones(chain, tmp_path):
     (tmp_path/"p.yaml").write_text((ROOT/CHAIN).read_text().replace("size: 32, channels", "size: 31, channels"))
     only = ["ARGS=--rerun-triggers mtime --forcerun stage_31_vae --until stage_31_vae"]
     with pytest.raises(RuntimeError, match=r"31_vae: ValueError: .*\(exit status 1; traceback in .*31_vae.ipynb\)"): finish(report(tmp_path/"runs", tmp_path/"site", tmp_path/"p.yaml", *only))
-    assert (tmp_path/"runs"/"13_phantom"/"run.json").exists() and not (tmp_path/"runs"/"31_vae"/"run.json").exists()
+    assert (tmp_path/"runs"/"15_phantom"/"run.json").exists() and not (tmp_path/"runs"/"31_vae"/"run.json").exists()
     assert '"output_type": "error"' in (tmp_path/"runs"/"31_vae"/"31_vae.ipynb").read_text()
 
 
 def test_killed_twice_and_resumed_it_finds_the_same(chain, tmp_path):
     shutil.copytree(RUNS, tmp_path/"calm", ignore=shutil.ignore_patterns("90_report"))
     kill_and_resume(tmp_path/"killed", tmp_path/"site", CHAIN, 2, 22, seed=3, more=["ARGS=31_vae/run.json"], check=lambda: assert_same(tmp_path/"calm", tmp_path/"killed"))
-    assert list(read_records(tmp_path/"killed")) == ["13_phantom", "31_vae"]
+    assert list(read_records(tmp_path/"killed")) == ["15_phantom", "31_vae"]
 
 
 @pytest.mark.slow

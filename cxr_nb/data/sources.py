@@ -52,12 +52,13 @@ MANIFEST = pa.DataFrameSchema({
     "text": _column(_TEXT), "generator": _column(_TEXT), "seed": _column(_INT), "parent": _column(_TEXT), "path": _column(_TEXT)})
 META: tuple[str, ...] = tuple(MANIFEST.columns)
 
-# %% ../../nbs/11_sources.ipynb #0a977dc3
+# %% ../../nbs/11_sources.ipynb #80990950
 _fraction = pa.Check.in_range(0, 1, error="is outside the image (boxes are fractions of it, 0 to 1)")
 ANNOTATIONS = pa.DataFrameSchema({
     "image_id": _column(_TEXT, nullable=False), "kind": _column(_TEXT, _one_of("finding", "anatomy"), nullable=False), "finding": _column(_TEXT, _filled, nullable=False),
     "value": _column(float, _one_of(0., 1.)), "reader": _column(_TEXT), "side": _column(_TEXT, _one_of("left", "right")), "site": _column(_TEXT), "severity": _column(float, pa.Check.in_range(0, 1, error="is no severity between 0 and 1")),
-    **{c: _column(float, _fraction) for c in ("x0", "y0", "x1", "y1")}, "mask": _column(_INT, pa.Check.ge(0, error="is negative"))})
+    **{c: _column(float, _fraction) for c in ("x0", "y0", "x1", "y1")}, "mask": _column(_INT, pa.Check.ge(0, error="is negative")),
+    **{c: _column(float, pa.Check.ge(0, error="is negative")) for c in ("volume", "contrast")}})   # ml; in standard deviations of the healthy lungs' attenuation
 ANNOTATION: tuple[str, ...] = tuple(ANNOTATIONS.columns)
 BOX = ["x0", "y0", "x1", "y1"]
 
