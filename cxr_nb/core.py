@@ -97,14 +97,15 @@ def sha256(path: str | Path) -> str:
     "SHA-256 of a file's bytes, as hexadecimal digits."
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
-# %% ../nbs/00_core.ipynb #f761486b
+# %% ../nbs/00_core.ipynb #652d4e37
 def read_parameters(notebook: str | Path) -> dict[str, Any]:  # name -> default
     "The names and defaults of a notebook's `parameters` cell. Raises `ValueError` unless there is exactly one such cell."
     nb = json.loads(Path(notebook).read_text())
     cells = [c for c in nb["cells"] if "parameters" in c["metadata"].get("tags", [])]
     if len(cells) != 1: raise ValueError(f"{notebook}: {len(cells)} cells are tagged `parameters`; a stage has exactly one")
-    src = "".join(cells[0]["source"])
-    return {n.targets[0].id: ast.literal_eval(n.value) for n in ast.parse(src).body if isinstance(n, ast.Assign)}
+    return _assigned("".join(cells[0]["source"]))
+
+def _assigned(code: str) -> dict[str, Any]: return {n.targets[0].id: ast.literal_eval(n.value) for n in ast.parse(code).body if isinstance(n, ast.Assign)}
 
 def check_parameters(
     notebook: str | Path,       # path of the notebook
@@ -138,15 +139,17 @@ def package_versions() -> dict[str, str]:
     have = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions() if d.metadata["Name"]}
     return {"python": platform.python_version()} | {p: have[p] for p in _PACKAGES if p in have}
 
-# %% ../nbs/00_core.ipynb #2aa6cdf1
+# %% ../nbs/00_core.ipynb #a43f635c
 class Run:
-    "The record of one run of a stage: parameters, environment, inputs, metrics, tables and figures, written to `run.json` by `finish`."
+    "The record of one run of a stage: parameters, environment, inputs, metrics, tables and figures, written to `run.json` by `finish`. Raises `ValueError` for a parameter from papermill that the stage does not have."
     def __init__(self,
         stage: str,               # name of the notebook, e.g. `"31_vae"`
         scope: dict[str, Any],    # the notebook's `globals()`: the values of its `parameters` cell are taken from it; `seed` and `out` must be among them
     ):
         self.stage, self.root = stage, repo_root()
         names = read_parameters(self.root/"nbs"/f"{stage}.ipynb")
+        for cell in scope.get("In", []):  # what papermill put in: it only warns of a name that the stage does not have
+            if cell.startswith("# Parameters\n"): check_parameters(self.root/"nbs"/f"{stage}.ipynb", _assigned(cell), "papermill")
         self.parameters = {k: scope[k] for k in names}
         self.seed = int(scope["seed"])
         alone = self.root/"reports"/"runs"/"alone"

@@ -67,7 +67,7 @@ def _form(seed, p, i, name):
     site, extent, severity = places[side][own.integers(len(places[side]))], own.random(), own.uniform(.15, 1) + now.normal(0, .12)
     return dict(side=side, site=site, extent=float(extent), severity=float(np.clip(severity, .1, 1)))
 
-# %% ../../nbs/15_phantom.ipynb #c724c6a0
+# %% ../../nbs/15_phantom.ipynb #b45068d0
 def level(severity: float) -> str:  # mild | moderate | severe
     "The radiologist's word for a severity in (0, 1]."
     return "mild" if severity < .4 else "moderate" if severity < .7 else "severe"
@@ -77,7 +77,7 @@ _NOT_LUNG = ("Cardiomegaly", "Hernia")
 def describe(found: dict[str, dict]) -> str:
     "The findings as sentences of a report."
     said = [FINDINGS[k].words.format(level=level(f["severity"]), mm=diameter(k, f["severity"]) if k in ("Nodule", "Mass") else 0, **f) for k, f in found.items()]
-    said = [("A " + s if s[0].isdigit() else s[0].upper() + s[1:]) + "." for s in said]
+    said = [(("An " if s[:2] in ("11", "18") or s[0] == "8" else "A ") + s if s[0].isdigit() else s[0].upper() + s[1:]) + "." for s in said]
     sides = {f["side"] for k, f in found.items() if k not in _NOT_LUNG}
     if not sides: said += ["The lungs are clear."]
     elif len(sides) == 1 and None not in sides: said += [f"The {'left' if 'right' in sides else 'right'} lung is clear."]
@@ -106,7 +106,7 @@ def position(box: tuple[float, float, float, float]) -> str:
     row, column = (["top", "middle", "bottom"][min(2, int(3*(box[1] + box[3])/2))], ["left", "center", "right"][min(2, int(3*(box[0] + box[2])/2))])
     return "center" if (row, column) == ("middle", "center") else f"{row} {column}"
 
-# %% ../../nbs/15_phantom.ipynb #bdcd16ae
+# %% ../../nbs/15_phantom.ipynb #63888fa2
 def project(mask: np.ndarray, body: Body, share: float = 0.) -> np.ndarray:  # uint8 0/1 [z x]
     "A mask as the radiograph shows it: where at least 5 mm of it lie behind a pixel (half of its greatest depth, if that is less), and at least `share` of the depth of the pleural space."
     deep = body.flat(mask)*body.mm[body.axis]
@@ -132,7 +132,7 @@ def insert(
     for name, f in found.items():
         body, mask = FINDINGS[name].make(body, rng(seed, "patient", p, name, "form"), **f)
         flat, after = project(mask, body, FINDINGS[name].share), attenuation(body, pose)
-        contrast = np.abs(after - line)[flat > 0].mean()/spread if flat.any() else 0.
+        contrast = np.quantile(np.abs(after - line)[flat > 0], .9)/spread if flat.any() else 0.
         truths.append((dict(kind="finding", finding=name, side=f["side"], site=f["site"], severity=round(f["severity"], 3),
                             volume=round(float(mask.sum()*np.prod(body.mm)/1000), 1), contrast=round(float(contrast), 3)), flat))
         line = after
