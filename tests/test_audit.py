@@ -179,6 +179,10 @@ def test_a_number_rests_on_the_rows_of_its_own_unit():
     assert {k: n for k, n in base("accuracy").n.items() if k.startswith("all absent")} == {"all absent, rows": 67914, "all absent, images": 15000}
     assert base("t2-sizes").n == dict.fromkeys(A.TEST_SETS, 4)
 
+def test_claims_of_the_papers_our_explanations_and_facts_about_the_releases_are_counted_apart():
+    kinds = A.ledger(outcomes=[base(k) for k in ("vae-table1", "a1-vindr-rows", "t2-diseases", "nih", "siim")]).kind
+    assert kinds.tolist() == ["claims of the papers", "our explanations", "our explanations", "facts about the releases", "facts about the releases"]
+
 def test_only_what_the_paper_prints_for_the_same_quantity_counts_as_printed():
     whole = {k for k, c in A.CLAIMS.items() if c.paper != "the releases" and all(map(c.prints, c.published))}
     assert {"a1-vindr-rows", "vae-table1", "t1-mimic", "densenet-map", "vae-224"} <= whole

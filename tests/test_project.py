@@ -59,6 +59,19 @@ def test_notebook_is_stored_clean_and_opens_with_its_question(notebook):
 
 
 @by_name
+def test_displayed_equations_stand_between_blank_lines(notebook):  # else the page shows them garbled
+    for c in cells(notebook, "markdown"):
+        lines, inside = ["", *source(c).splitlines(), ""], False
+        for before, l, after in zip(lines, lines[1:], lines[2:]):
+            if "$$" not in l: continue
+            opens = not inside; inside ^= l.count("$$") % 2 == 1
+            assert l.strip().startswith("$$") or not opens, f"an equation begins within a line: {l}"
+            assert not opens or before.strip() == "", f"no blank line before {l}"
+            assert inside or after.strip() == "", f"no blank line after {l}"
+        assert not inside, "an equation without its end"
+
+
+@by_name
 def test_notebook_has_one_parameters_cell_with_seed_and_out(notebook):
     have = read_parameters(notebook)
     assert have["seed"] == 0 and have["out"] == ""

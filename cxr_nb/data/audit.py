@@ -318,7 +318,7 @@ RELATIONS = {"equal": lambda p, r, t: abs(p - r) <= t,      # the recomputed val
              "below": lambda p, r, t: r < p + t,            # ... is smaller
              "exceeds": lambda p, r, t: p > r + t}          # the published value is larger than the recomputed one by more than the tolerance
 
-# %% ../../nbs/16_audit.ipynb #fe2c1ed2
+# %% ../../nbs/16_audit.ipynb #484113d6
 @dataclass(frozen=True)
 class Recomputed:
     "What a claim's function found."
@@ -343,6 +343,10 @@ class Claim:
     drawn: bool = False            # the values rest on random draws
 
     def prints(self, k: str) -> bool: return k in (self.published if self.printed is None else self.printed)
+
+    @property
+    def kind(self) -> str:  # what is counted together
+        return "facts about the releases" if self.paper == "the releases" else "our explanations" if self.statement.startswith("(our explanation)") else "claims of the papers"
 
 @dataclass(frozen=True)
 class Outcome:
@@ -749,7 +753,7 @@ _release("openi", "OpenI (NLMCXR)", "reports", {"reports": 3955}, lambda d: ({"r
     "XML files of the archive")
 _release("v7", "V7 lung masks", "files", {"files": 517}, lambda d: ({"files": (k := len(d.members("v7")))}, k), "files of the archive")
 
-# %% ../../nbs/16_audit.ipynb #303e19fd
+# %% ../../nbs/16_audit.ipynb #f5e48ea1
 def ledger(
     folder: str | Path | None = None,  # folder with `FILES`; None: the wheel's
     lt_csv: str = "",                  # CSV of NIH-CXR-LT
@@ -759,7 +763,7 @@ def ledger(
     if outcomes is None:
         data = Metadata(folder, lt_csv)
         outcomes = [check(c, data) for c in CLAIMS.values()]
-    return pd.DataFrame([dict(id=o.claim.id, paper=o.claim.paper, place=o.claim.place, statement=o.claim.statement, published=o.published,
+    return pd.DataFrame([dict(id=o.claim.id, kind=o.claim.kind, paper=o.claim.paper, place=o.claim.place, statement=o.claim.statement, published=o.published,
         recomputed=o.recomputed, relation=o.claim.relation,
                               tolerance=o.claim.tolerance, verdict=o.verdict, how=o.claim.how, note=o.note, n=o.n,
                               printed=[k for k in o.published if o.claim.prints(k)]) for o in outcomes])
