@@ -6,7 +6,7 @@
 __all__ = ['Encoder', 'Decoder', 'kl_to_standard', 'VAE', 'encode_set', 'fit_prior', 'train_vae', 'train_vae_on', 'active_units',
            'squared_errors', 'spread']
 
-# %% ../../nbs/31_vae.ipynb #580aea62
+# %% ../../nbs/31_vae.ipynb #47ee5dc5
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..core import seeded, to_unit
 from ..data.images import RadiographData, RadiographSet
 from ..data.phantom import open_dataset
-from .conditions import Condition, findings_matrix
+from .conditions import Condition, check_conditions, findings_matrix, seen_values
 from ..train import fit
 
 # %% ../../nbs/31_vae.ipynb #cfd2fc4f
@@ -56,10 +56,10 @@ def kl_to_standard(
     "KL divergence of N(mu, exp(logvar)) from N(0, 1), closed form (vae-gmvae-gan, section 3.1)."
     return -.5*(1 + logvar - mu**2 - logvar.exp())
 
-# %% ../../nbs/31_vae.ipynb #e5c79708
+# %% ../../nbs/31_vae.ipynb #de01443b
 class VAE(nn.Module):
     "The VAE of vae-gmvae-gan; with the defaults its parameter counts are those of Table 5. Raises `ValueError` for a size that five halvings do not fit."
-    conditions = frozenset({"findings"})  # after `fit_prior`; without findings it samples from N(0, I)
+    conditions = frozenset({"findings"})  # a condition without findings is a draw from N(0, I)
 
     def __init__(self,
         size: int = 128,                                  # side of the images in pixels, a multiple of 32
@@ -67,7 +67,7 @@ class VAE(nn.Module):
         channels: tuple[int, ...] = (32, 64, 128, 256, 512),  # of the five blocks
         beta: float = 1.,                                 # weight of the KL term
         reconstruction: str = "sum",                      # squared error of an image: "sum" over pixels or "mean"
-        findings: tuple[str, ...] = (),                   # findings that it can be asked for
+        findings: tuple[str, ...] = (),                   # findings that it can be asked for once `fit_prior` has met them
     ):
         super().__init__()
         if size % 2**len(channels) or size <= 0: raise ValueError(f"size {size}: the encoder halves the image {len(channels)} times, so give a multiple of {2**len(channels)}")
@@ -79,6 +79,12 @@ class VAE(nn.Module):
         f = len(self.findings)
         self.register_buffer("prior_mean", torch.zeros(f + 1, latent))  # row 0: intercept, then a direction for each finding
         self.register_buffer("prior_factor", torch.eye(latent))         # Cholesky factor of the residual covariance
+        self.register_buffer("met", torch.zeros(f, 2, dtype=torch.bool))  # whether a training image lacks, and shows, each finding
+
+    @property
+    def seen(self) -> dict[str, set[float]]:
+        "The values of each finding among the images that the prior was fitted to; empty before `fit_prior`."
+        return {f: {float(v) for v in (0, 1) if m[v]} for f, m in zip(self.findings, self.met.tolist())}
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:  # [b 1 h w] in [-1, 1] -> two of [b latent]
         "Mean and log-variance of q(z|x)."
@@ -94,7 +100,7 @@ class VAE(nn.Module):
         error = error.sum(1) if self.reconstruction == "sum" else error.mean(1)
         return {"reconstruction": error.mean(), "kl": self.beta*kl_to_standard(mu, logvar).sum(1).mean()}
 
-# %% ../../nbs/31_vae.ipynb #0dc7d9f7
+# %% ../../nbs/31_vae.ipynb #4c41fe0f
 @patch
 @torch.no_grad()
 def reconstruct(self: VAE, x: Tensor) -> Tensor:  # [b 1 h w] in [-1, 1], both
@@ -104,7 +110,8 @@ def reconstruct(self: VAE, x: Tensor) -> Tensor:  # [b 1 h w] in [-1, 1], both
 @patch
 @torch.no_grad()
 def sample(self: VAE, conditions: list[Condition], rng: torch.Generator) -> Tensor:  # [n 1 h w] in [-1, 1]
-    "Decodes draws from N(0, I), or from the fitted prior for a condition that asks for findings."
+    "Decodes draws from N(0, I), or from the fitted prior for a condition that asks for findings. Raises `ValueError` as `check_conditions` does."
+    check_conditions(conditions, self)
     device = self.prior_mean.device
     noise = torch.randn(len(conditions), self.prior_mean.shape[1], generator=rng, device=rng.device).to(device)
     y = torch.from_numpy(np.nan_to_num(findings_matrix(conditions, self.findings))).to(device)
@@ -112,7 +119,7 @@ def sample(self: VAE, conditions: list[Condition], rng: torch.Generator) -> Tens
     asked = torch.tensor([bool(c.findings) for c in conditions], device=device)[:, None]
     return self.decoder(torch.where(asked, fitted, noise))
 
-# %% ../../nbs/31_vae.ipynb #0c176cb6
+# %% ../../nbs/31_vae.ipynb #d836df20
 @torch.no_grad()
 def encode_set(
     vae: VAE,
@@ -138,6 +145,8 @@ def fit_prior(
     cov = ledoit_wolf(z - ridge.predict(y))[0] + np.diag(logvar.exp().mean(0).double().cpu().numpy())
     vae.prior_mean.copy_(torch.from_numpy(np.vstack([ridge.intercept_, ridge.coef_.T])))
     vae.prior_factor.copy_(torch.from_numpy(np.linalg.cholesky(cov)))
+    seen = seen_values(data, rows)
+    vae.met.copy_(torch.tensor([[v in seen[f] for v in (0., 1.)] for f in vae.findings], dtype=torch.bool).reshape(-1, 2))
     return vae
 
 # %% ../../nbs/31_vae.ipynb #071a59e9
