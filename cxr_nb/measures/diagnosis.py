@@ -40,7 +40,7 @@ def auroc(
     chunk = max(1, 10**7//len(y))  # resamples at a time, so that memory stays bounded
     return np.concatenate([weighted(weights[i:i + chunk][:, keep].astype(float)) for i in range(0, len(weights), chunk)])
 
-# %% ../../nbs/22_diagnosis.ipynb #e4feac1e
+# %% ../../nbs/22_diagnosis.ipynb #a3a5a79d
 @dataclass(frozen=True)
 class Estimate:
     "A value with its interval."
@@ -76,7 +76,8 @@ def estimate(
     if len(good) < .9*len(resampled):
         raise ValueError(f"{len(resampled) - len(good)} of {len(resampled)} resamples hold one class only: too few patients with the finding for an interval")
     lo, hi = np.quantile(good, [(1 - level)/2, (1 + level)/2])
-    return Estimate(float(value), float(lo), float(hi), len(patients), len(pd.unique(np.asarray(patients))), f"{level:.0%} patient bootstrap, {len(resampled)} resamples")
+    k = len(pd.unique(np.asarray(patients)))
+    return Estimate(float(value), float(lo), float(hi), len(patients), k, f"{100*level:g} % patient bootstrap ({k} patients), {len(resampled)} resamples")
 
 # %% ../../nbs/22_diagnosis.ipynb #c574f0ed
 def measurable(
