@@ -3,7 +3,7 @@
 #   make report SOURCE=nih ROOT=/path/to/the/release       on real radiographs
 #   make report PRESET=paper PROFILE=slurm                 on a cluster (reports/profiles/slurm/config.yaml)
 #   make report ARGS=-n                                    what would run, and why; ARGS goes to snakemake
-# make test | lab | setup | clean | clean-runs             tests; JupyterLab; the environment; remove what can be built again; remove the runs
+# make test | lab | setup | clean | clean-runs             tests; JupyterLab (ARGS goes to it); the environment; remove what can be built again; remove the runs
 SHELL  := /bin/bash
 PYTHON ?= python3
 PRESET ?= smoke
@@ -34,12 +34,13 @@ setup: .venv/.done
 
 # One report at a time in a folder: the lock goes with the processes that hold it, so a killed one leaves none behind.
 report: .venv/.done
-	@mkdir -p $(RUNS)
-	@flock -n -E 75 $(RUNS)/.lock $(BIN)/snakemake $(ARGS) -s reports/Snakefile --directory $(RUNS) --nolock --rerun-incomplete --quiet host progress reason \
+	@[ -d $(RUNS) ] || new=1; mkdir -p $(RUNS); \
+	flock -n -E 75 $(RUNS)/.lock $(BIN)/snakemake $(ARGS) -s reports/Snakefile --directory $(RUNS) --nolock --rerun-incomplete --quiet host progress reason \
 	  $(if $(PROFILE),--profile $(if $(wildcard $(PROFILE)),$(PROFILE),reports/profiles/$(PROFILE)),--cores $(CORES) --resources gpu=$(GPUS)) \
 	  --config preset='$(PRESET)' site='$(SITE)' $(if $(SOURCE),source='$(SOURCE)') $(if $(ROOT),root='$(abspath $(ROOT))') \
-	  || { e=$$?; [ $$e = 75 ] && echo "another make report is at work in $(RUNS): wait for it, or give this one its own folder (RUNS=...)"; exit $$e; }
-	@echo "report: $(SITE)/index.html"
+	  || { e=$$?; [ $$e = 75 ] && echo "another make report is at work in $(RUNS): wait for it, or give this one its own folder (RUNS=...)"; }; \
+	[ -z "$$new" ] || compgen -G '$(RUNS)/[0-9]*' >/dev/null || rm -rf $(RUNS); exit $${e:-0}  # a dry run, or one that was refused, leaves no new folder
+	@$(if $(filter -n% -pn --dry%,$(ARGS)),,[ ! -f $(SITE)/index.html ] || [ -n "$$(find $(RUNS) -maxdepth 2 -name run.json -newer $(SITE)/index.html)" ] || echo "report: $(SITE)/index.html")
 
 test: export OMP_NUM_THREADS = 1
 test: .venv/.done
@@ -48,7 +49,7 @@ test: .venv/.done
 	$(BIN)/python -m pytest -q -m 'not slow'
 
 lab: .venv/.done
-	$(BIN)/jupyter lab
+	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
 
 clean:
 	rm -rf build reports/site .pytest_cache .ruff_cache *.egg-info

@@ -34,10 +34,11 @@ def plan(
     root: str | None = None,    # ... and the folder of its release
     repo: Path | None = None,   # the checkout
 ) -> dict[str, Stage]:          # in reading order
-    "The stages to run. Raises `ValueError`, before anything runs, for a preset that does not fit the notebooks."
+    "The stages to run. Raises `ValueError`, before anything runs, for a preset that does not fit the notebooks, an unknown source, or a root that is no folder."
     repo = repo or repo_root()
     notebooks = {p.stem: p for p in sorted((repo/"nbs").glob("[0-9][0-9]_*.ipynb")) if p.stem < "95"}  # from 95 on: benchmarks, run by hand
     if bool(source) != bool(root): raise ValueError("SOURCE (e.g. nih) and ROOT (the folder of its release) go together")
+    if source: check_source(source, root)
     given = {"12_images": {"source": source, "root": root}} if source else {}
     if gone := sorted({*TAKES, *given} - {*notebooks}): raise ValueError(f"the workflow names {', '.join(gone)}, but nbs/ has no such notebook")
 
@@ -63,6 +64,13 @@ def plan(
         stages[s] = Stage(mine | wired, needs, hashlib.sha256(json.dumps(key).encode()).hexdigest(), threads, rest)
     if early := [(s, n) for s in stages for n in stages[s].needs if n >= s]: raise ValueError(f"{early[0][0]} cannot take anything from {early[0][1]}, which comes after it")
     return stages
+
+
+def check_source(source: str, root: str) -> None:
+    "Raises `ValueError` for a source that no reader knows or a root that is no folder."
+    from cxr_nb.data.sources import SOURCES  # here, because it takes seconds
+    if source not in SOURCES: raise ValueError(f"no source `{source}`; the nearest is `{nearest(source, SOURCES)}`. Sources: {', '.join(SOURCES)}")
+    if not Path(root).is_dir(): raise ValueError(f"ROOT={root}: there is no such folder; give the root of the {source} release")
 
 
 def read_preset(preset: str, repo: Path) -> tuple[dict[str, Any], str]:  # settings, and how errors name the file

@@ -94,9 +94,9 @@ def test_public_names_have_docstrings(module):
 
 
 @pytest.mark.parametrize("preset", ["smoke", *(p.stem for p in sorted((ROOT/"reports"/"presets").glob("*.yaml")))])
-def test_preset_fits_the_notebooks(preset):
+def test_preset_fits_the_notebooks(preset, tmp_path):
     assert len(plan(preset, "runs")) == len([p for p in NOTEBOOKS if p.stem < "95"])
-    assert plan(preset, "runs", "nih", "/data")["16_audit"].parameters["dataset"] == "runs/12_images/set"
+    assert plan(preset, "runs", "nih", str(tmp_path))["16_audit"].parameters["dataset"] == "runs/12_images/set"
 
 
 def requirements(lines): return {re.split(r"[ ><=!~]", l)[0].lower(): re.sub(r"^[\w.-]+ *", "", l) for l in lines}

@@ -40,13 +40,20 @@ def test_unknown_preset_bad_yaml_and_half_a_source_are_refused(tmp_path):
     with pytest.raises(ValueError, match="SOURCE .* and ROOT .* go together"): plan("smoke", "runs", source="nih")
 
 
+def test_unknown_source_and_a_root_that_is_no_folder_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="no source `nhi`; the nearest is `nih`"): plan("smoke", "runs", "nhi", str(tmp_path))
+    (tmp_path/"file").touch()
+    for root in (tmp_path/"absent", tmp_path/"file"):
+        with pytest.raises(ValueError, match=f"ROOT={root}: there is no such folder"): plan("smoke", "runs", "nih", str(root))
+
+
 # What a stage takes, and when it runs again
 
-def test_stages_take_the_phantom_or_the_release():
+def test_stages_take_the_phantom_or_the_release(tmp_path):
     assert plan("smoke", "r")["50_augment"].parameters == {"out": "r/50_augment", "dataset": "r/15_phantom/set", "synthetic": "r/31_vae/set"}
-    real = plan("smoke", "r", "nih", "/data/nih")
+    real = plan("smoke", "r", "nih", str(tmp_path))
     assert real["31_vae"].parameters["dataset"] == "r/12_images/set" and real["31_vae"].needs == ["12_images"]
-    assert real["12_images"].parameters == {"out": "r/12_images", "source": "nih", "root": "/data/nih"}
+    assert real["12_images"].parameters == {"out": "r/12_images", "source": "nih", "root": str(tmp_path)}
     assert list(plan(CHAIN, "r")) == ["15_phantom", "31_vae", "90_report"] and plan(CHAIN, "r")["90_report"].needs == ["15_phantom", "31_vae"]
 
 
@@ -164,7 +171,13 @@ def test_pages_say_the_data_link_every_record_and_need_no_network(chain):
 
 
 def test_nothing_runs_twice(chain):
-    assert "Nothing to be done" in finish(report(RUNS, SITE, CHAIN))
+    said = finish(report(RUNS, SITE, CHAIN))
+    assert "Nothing to be done" in said and "report: " in said
+
+
+def test_a_dry_run_leaves_nothing_and_names_no_report(tmp_path):
+    said = finish(report(tmp_path/"runs", tmp_path/"site", CHAIN, "ARGS=-n"))
+    assert "15_phantom" in said and "report: " not in said and not (tmp_path/"runs").exists()
 
 
 def test_a_deleted_record_is_made_again_with_all_that_follows(chain, tmp_path):
