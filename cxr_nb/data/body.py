@@ -94,7 +94,7 @@ def heal(hu: np.ndarray, mask: np.ndarray, mm: np.ndarray) -> None:  # `hu` in p
     weight = np.clip((_REACH - d)/5, 0, 1)*((mask[box] >= 10) & (mask[box] <= 14))
     hu[box] += weight*(hu[tuple(slice(b.start + s, b.stop + s) for b, s in zip(box, _DONOR))] - hu[box])
 
-# %% ../../nbs/13_body.ipynb #02c76b3f
+# %% ../../nbs/13_body.ipynb #22698dea
 _FLESH = (  # from, to (z y |x| in mm from the centre of the lungs), radius at both ends, depth over width
     ((-102, -15, 168), (190, -10, 214), 43, 38, 1.1),   # arm
     ((-190, -30, 30), (-112, -20, 150), 40, 44, 1.35),  # trapezius and shoulder
@@ -118,8 +118,8 @@ def upright(hu: np.ndarray, mask: np.ndarray, p: list[np.ndarray], top: float) -
     z, y, x = p; ax = np.abs(x + 2); P = (z, y, ax)
     beside, lung, airway, bone = hu < -300, (mask >= 10) & (mask <= 14), mask == 16, np.isin(mask, _RIBS + _BONES)
     zc, yc, xc = (np.linspace(g.min(), g.max(), -(-g.size//4), dtype=np.float32).reshape([-1 if n > 1 else 1 for n in g.shape]) for g in p)
-    cones = [stretch(cone((zc, yc, np.abs(xc + 2)), *f), hu.shape) for f in _FLESH]
-    flesh = -8*np.log(sum(np.exp(-np.clip(c, -80, 80)/8) for c in cones))                 # their smooth union
+    cones = [np.clip(cone((zc, yc, np.abs(xc + 2)), *f), -80, 80) for f in _FLESH]
+    flesh = stretch(-8*np.log(sum(np.exp(-c/8) for c in cones)), hu.shape)               # their smooth union
     keep, tissue = lung | airway | bone & ~np.isin(mask, [71, 72]), np.where(flesh < -9, 10., -95.).astype(np.float32)
     raised = ndimage.binary_dilation(np.isin(mask, _RAISED), iterations=2) & ~bone
     hu = np.where(raised | (hu > 120) & (z < -90) & (ax > 20) & ~ndimage.binary_dilation(bone), 20, hu)
@@ -128,7 +128,7 @@ def upright(hu: np.ndarray, mask: np.ndarray, p: list[np.ndarray], top: float) -
     blend = np.where(keep, 0, np.clip((-118 - z)/28, 0, 1)); empty = (hu < -200) & ~ndimage.binary_dilation(lung, iterations=2) & ~airway & ((z < -95) | (ax > 110))
     hu = hu + np.clip(.5 - flesh/4, 0, 1)*np.maximum(blend, empty | (z < top))*(tissue - hu)*(flesh < 4)
     hu, humerus = _bones(hu, z, y, x, P, airway, top)
-    return hu, humerus | (cones[0] < 2) & (ax > 120) & beside
+    return hu, humerus | (stretch(cones[0], hu.shape) < 2) & (ax > 120) & beside
 
 def _bones(hu, z, y, x, P, airway, top):
     "Spine and airway above the CT, humeri and clavicles; and where the humeri are."
