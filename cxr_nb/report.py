@@ -8,8 +8,8 @@ __all__ = ['KEYS', 'METRIC', 'SPLITS', 'RELEASES', 'INTRODUCTION', 'PARTS', 'rea
            'record_page', 'data_line', 'made_with', 'glance_section', 'papers_section', 'index_page', 'chapter',
            'build_site']
 
-# %% ../nbs/90_report.ipynb #7f665bc1
-import ast, json, os, re, shutil, subprocess, sys, tempfile
+# %% ../nbs/90_report.ipynb #4bdd6b92
+import ast, json, math, os, re, shutil, subprocess, sys, tempfile
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,7 @@ def compare(
     both = found(a).merge(found(b), on=on, how="outer", suffixes=("_a", "_b")).rename(columns={"found_a": "a", "found_b": "b"})
     return both.assign(same=both.a == both.b)
 
-# %% ../nbs/90_report.ipynb #4299e58a
+# %% ../nbs/90_report.ipynb #6046bf43
 def number(x: Any) -> str:
     "A number for the eye: whole ones in full, others to three digits; nothing for a missing one."
     if x is None or isinstance(x, float) and pd.isna(x): return ""
@@ -92,10 +92,14 @@ def printed(x: float) -> str:
     "A number with the digits that a paper prints."
     return f"{int(x):,}" if float(x).is_integer() else repr(x)
 
-def beside(m: dict[str, Any]) -> str:
-    "The value of a metric: a count as exactly as the paper that prints it, all else to three digits."
-    exact = m["how"] == "exact" and m["published"] is not None
-    return f"{m['value']:,.{len(printed(m['published']).partition('.')[2])}f}" if exact and not m["value"].is_integer() else number(m["value"])
+def beside(m: dict[str, Any]) -> tuple[str, str]:  # value, interval
+    "A metric for the eye: the value and its interval to the same decimals, three digits of the largest; a count as exactly as the paper that prints it."
+    if m["lo"] is not None:
+        most = max(abs(m[k]) for k in ("value", "lo", "hi"))
+        text = [f"{m[k]:,.{max(0, 2 - math.floor(math.log10(most or 1)))}f}" for k in ("value", "lo", "hi")]
+        return text[0], f"{text[1]} to {text[2]}"
+    if m["published"] is None or m["value"].is_integer(): return number(m["value"]), ""
+    return f"{m['value']:,.{len(printed(m['published']).partition('.')[2])}f}", ""
 
 def words(name: str) -> str:
     "A name as words."
@@ -119,9 +123,7 @@ def _raw(*parts) -> str: return "\n``````{raw} html\n" + "".join(map(str, parts)
 
 def _link(text: str, to: str) -> Markup: return Markup('<a href="{}">{}</a>').format(to, text)
 
-# %% ../nbs/90_report.ipynb #0beb1d46
-def _interval(m: dict) -> str: return "" if m["lo"] is None else f"{number(m['lo'])} to {number(m['hi'])}"
-
+# %% ../nbs/90_report.ipynb #6851de39
 def _commit(git: dict) -> str: return f"{(git['commit'] or 'unknown')[:12]} ({ {True: 'clean tree', False: 'with uncommitted changes', None: 'no git'}[git['clean']]})"
 
 SPLITS = ["train", "val", "test"]
@@ -151,7 +153,7 @@ def record_page(
     two = lambda d: html_table(pd.DataFrame([(k, v if isinstance(v, (int, float, str)) else json.dumps(v)) for k, v in d.items()], columns=["", "value"]))
     page = [f"# Record: {s}", _raw("<p>", _link("run.json", f"{s}/run.json"), Markup(" &middot; started {} &middot; commit {}</p>").format(record["started"], _commit(git)))]
     if record["metrics"]:
-        rows = [(words(m["name"]), m["group"], beside(m), _interval(m), m["how"], m["n"], "" if m["published"] is None else printed(m["published"]), m["source"]) for m in record["metrics"]]
+        rows = [(words(m["name"]), m["group"], *beside(m), m["how"], m["n"], "" if m["published"] is None else printed(m["published"]), m["source"]) for m in record["metrics"]]
         page += ["## Metrics", _raw(html_table(pd.DataFrame(rows, columns=["metric", "of", "value", "interval", "method", "n", "paper", "printed in"], dtype=object), [anchor(m["name"], m["group"]) for m in record["metrics"]]))]
     for t in record["tables"]:
         frame = pd.read_csv(folder/t["file"], dtype=str, keep_default_na=False)
@@ -190,10 +192,12 @@ def made_with(
     images = "simulated" if data == "phantom" or maker == "15_phantom" else RELEASES.get(s := records[maker]["parameters"]["source"], s) if maker == "12_images" else data
     return ", ".join(x for x in [str(p.get("architecture", "")), f"{p['size']} px" if "size" in p else "", f"{images} images" if images else "", f"preset {preset}"] if x)
 
-# %% ../nbs/90_report.ipynb #c9dfbe0e
+# %% ../nbs/90_report.ipynb #43a7db3d
 def _quantity(m: dict) -> Markup: return Markup('<span class="quantity">{}<br><small>{}</small></span>').format(words(m["name"]), m["group"])
 
-def _ours(stage: str, m: dict) -> Markup: return _link(beside(m), f"records/{stage}.html#{anchor(m['name'], m['group'])}")
+def _ours(stage: str, m: dict) -> tuple[Markup, str]:
+    value, interval = beside(m)
+    return _link(value, f"records/{stage}.html#{anchor(m['name'], m['group'])}"), interval
 
 def glance_section(
     records: dict[str, dict[str, Any]],  # stage -> record
@@ -202,11 +206,11 @@ def glance_section(
     "The figures and numbers that the stages marked as headlines, each linked to its record."
     figures = [Markup('<figure><a href="records/{0}.html"><img src="records/{0}/{1}" alt="{2}"></a><figcaption>{2}</figcaption></figure>').format(s, f["file"], f["caption"])
                for s, r in records.items() for f in r["figures"] if f.get("headline")]
-    rows = [(_quantity(m), _ours(s, m), _interval(m), m["n"], made_with(s, records, preset))
+    rows = [(_quantity(m), *_ours(s, m), m["n"], made_with(s, records, preset))
             for s, r in records.items() for m in r["metrics"] if m.get("headline")]
     return f"## At a glance\n{_raw(*figures, html_table(pd.DataFrame(rows, columns=['quantity', 'ours', 'interval', 'n', 'ours made with'], dtype=object)))}"
 
-# %% ../nbs/90_report.ipynb #bb165970
+# %% ../nbs/90_report.ipynb #3310e920
 def papers_section(
     stage: str,              # name of the stage
     title: str,              # of its chapter
@@ -214,7 +218,7 @@ def papers_section(
     made: str,               # with what ours were made
 ) -> str:
     "The papers' numbers beside those of one stage, each linked to the record; a long table is folded."
-    rows = [(_quantity(m), printed(m["published"]), _ours(stage, m), _interval(m), made, m["n"], m["how"], m["source"]) for m in metrics]
+    rows = [(_quantity(m), printed(m["published"]), *_ours(stage, m), made, m["n"], m["how"], m["source"]) for m in metrics]
     table = html_table(pd.DataFrame(rows, columns=["quantity", "paper", "ours", "interval", "ours made with", "n", "method", "printed in"], dtype=object))
     same = sum(round(m["value"], len(repr(m["published"]).split(".")[-1])) == m["published"] for m in metrics)
     if len(rows) > 20: table = Markup("<details><summary>{} numbers, {} of them as printed</summary>{}</details>").format(len(rows), same, table)
