@@ -81,7 +81,7 @@ def compare(
     both = found(a).merge(found(b), on=on, how="outer", suffixes=("_a", "_b")).rename(columns={"found_a": "a", "found_b": "b"})
     return both.assign(same=both.a == both.b)
 
-# %% ../nbs/90_report.ipynb #6046bf43
+# %% ../nbs/90_report.ipynb #8099b77f
 def number(x: Any) -> str:
     "A number for the eye: whole ones in full, others to three digits; nothing for a missing one."
     if x is None or isinstance(x, float) and pd.isna(x): return ""
@@ -114,7 +114,9 @@ def html_table(
     ids: list[str] | None = None, # one a row: where links point to
 ) -> str:
     "A table that scrolls within its own box."
-    cell = lambda c: Markup("<td{}>{}</td>").format(Markup(' class="short"') if len(Markup(c if isinstance(c, Markup) else escape(number(c))).striptags()) < 25 else "", c if isinstance(c, Markup) else number(c))
+    def cell(c):
+        text = c if isinstance(c, Markup) else escape(number(c)); n = len(text.striptags())
+        return Markup("<td{}>{}</td>").format(Markup(' class="short"' if n < 25 else ' class="long"' if n > 100 else ""), text)
     head = Markup("").join(Markup("<th>{}</th>").format(words(c)) for c in frame.columns)
     rows = [Markup("<tr{}>{}</tr>").format(Markup(' id="{}"').format(ids[i]) if ids else "", Markup("").join(map(cell, r))) for i, r in enumerate(frame.itertuples(index=False, name=None))]
     return Markup('<div class="wide" tabindex="0"><table class="record"><thead><tr>{}</tr></thead><tbody>\n{}\n</tbody></table></div>').format(head, Markup("\n").join(rows))
