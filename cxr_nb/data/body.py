@@ -280,22 +280,25 @@ def swell(p, centre, scale, reach=(65, 70, 85)):
     g = (1/scale - 1)*np.exp(-sum((e/s)**2 for e, s in zip(d, reach))**2)
     return [q + g*e for q, e in zip(p, d)]
 
-# %% ../../nbs/13_body.ipynb #43708880
+# %% ../../nbs/13_body.ipynb #c494ac5c
 def pose_body(ct: Body, patient: Patient, pose: Pose, size: int) -> Body:
     "The patient's healthy body in the cone of the beam: [size, depth, size] from the front, [size, size, depth] from the side."
     at, mm = warp_coordinates(ct, patient, pose, size)
     grid = torch.from_numpy(np.stack([2*a/(n - 1) - 1 for a, n in zip(at[::-1], ct.mu.shape[::-1])], -1))[None]
     read = lambda v, mode: F.grid_sample(torch.from_numpy(v)[None, None], grid, mode, "border", align_corners=True)[0, 0].numpy()
     mu, label = read(ct.mu, "bilinear"), read(ct.label.astype(np.float32), "nearest").astype(np.uint8)
-    mu = np.where((label == RIB) | (label == BONE), mu + (patient.bone - 1)*np.clip(mu - 1.1*WATER, 0, None), mu)
-    if pose.view == "LATERAL": mu = np.where(label == ARM, 0, mu)
-    z, y, x = ((a - c)*m for a, c, m in zip(at, ct.centre, ct.mm))
+    bone = (label == RIB) | (label == BONE)
+    mu[bone] += (patient.bone - 1)*np.clip(mu[bone] - 1.1*WATER, 0, None)
+    if pose.view == "LATERAL": mu[label == ARM] = 0
     if patient.calcium:
-        wall = (label == AORTA) & ndimage.binary_dilation(label != AORTA) & (z < ct.landmarks[1][0] + 30)
-        mu = mu + wall*(np.sin(z/7 + x/9) > .2)*(patient.calcium*4*WATER/max(1, mm.max()))
+        wall = (label == AORTA) & ndimage.binary_dilation(label != AORTA)
+        z, x = (((at[i] - ct.centre[i])*ct.mm[i])[wall] for i in (0, 2))
+        mu[wall] += ((z < ct.landmarks[1][0] + 30) & (np.sin(z/7 + x/9) > .2))*np.float32(patient.calcium*4*WATER/max(1, mm.max()))
     if patient.breast:
+        skin = (mu < .3*WATER) & (label == 0) & (at[1] > (ct.chest - patient.breast)/ct.mm[1] + ct.centre[1])
+        z, y, x = ((at[i][skin] - ct.centre[i])*ct.mm[i] for i in range(3))
         rho = np.sqrt(((z - 45)/np.where(z < 45, 1.5, 1))**2 + ((y - ct.chest)/.7)**2 + ((np.abs(x) - 80)/1.15)**2)/patient.breast
-        mu = np.where((mu < .3*WATER) & (label == 0), np.maximum(mu, .9*WATER*np.clip(2.5*(1 - rho), 0, 1)), mu)
+        mu[skin] = np.maximum(mu[skin], .9*WATER*np.clip(2.5*(1 - rho), 0, 1))
     return Body(mu.astype(np.float32), label, mm, (np.array(mu.shape) - 1)/2, 2 if pose.view == "LATERAL" else 1)
 
 def attenuation(body: Body, pose: Pose) -> np.ndarray:
