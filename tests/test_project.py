@@ -32,7 +32,7 @@ def test_export_gives_the_modules_that_are_there(tmp_path):
     shutil.copytree(ROOT/"nbs", tmp_path/"nbs", ignore=shutil.ignore_patterns(".*"))
     for f in ("settings.ini", "pyproject.toml", "README.md"): shutil.copy(ROOT/f, tmp_path)
     subprocess.run([Path(sys.executable).with_name("nbdev_export")], cwd=tmp_path, check=True)
-    def tree(root): return {str(p.relative_to(root)): p.read_text() for p in sorted((root/"cxr_nb").rglob("*.py")) if p.name != "_modidx.py"}
+    def tree(root): return {str(p.relative_to(root)): p.read_text() for p in sorted((root/"cxr_nb").rglob("*.py")) if p.name not in ("_modidx.py", "__init__.py")}
     made, have = tree(tmp_path), tree(ROOT)
     assert sorted(made) == sorted(have), "a module without a notebook, or a notebook that was not exported: run nbdev_export"
     assert [n for n in made if made[n] != have[n]] == [], "these differ from their notebooks: run nbdev_export"
