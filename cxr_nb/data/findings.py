@@ -68,10 +68,10 @@ def zone(body: Body, side: str, site: str) -> np.ndarray:
     keep = np.zeros(len(clear), bool); keep[int(rows.start + cut[0]*n):int(np.ceil(rows.start + cut[1]*n))] = True
     return clear & keep[:, None, None]
 
-# %% ../../nbs/14_findings.ipynb #4539cc33
+# %% ../../nbs/14_findings.ipynb #d0e85bdc
 def fill(body: Body, box: tuple[slice, ...], weight: np.ndarray, density: float = 1., threshold: float = .5) -> tuple[Body, np.ndarray]:
-    "Replaces air by tissue of `density` (water is 1) to the share `weight` in [0, 1] in a box; what is denser stays. The mask holds what got more than `threshold` of the greatest weight."
-    mu, mask = body.mu.copy(), np.zeros(body.mu.shape, bool)
+    "Replaces air by tissue of `density` (water is 1) to the share `weight` in a box, cut off at 0 and 1; what is denser stays. The mask holds what got more than `threshold` of the greatest weight."
+    mu, mask, weight = body.mu.copy(), np.zeros(body.mu.shape, bool), np.clip(weight, 0, 1)
     mu[box] += weight.astype(np.float32)*np.clip(density*WATER - mu[box], 0, None)
     mask[box] = weight > max(threshold*weight.max(initial=0), 1e-6)
     return replace(body, mu=mu), mask
@@ -135,7 +135,7 @@ def pneumothorax(body, r, side, site, extent, severity):
     mask[box] = air > .5; label[mask] = PLEURA[side]
     return replace(body, mu=mu.astype(np.float32), label=label), mask
 
-# %% ../../nbs/14_findings.ipynb #b263e777
+# %% ../../nbs/14_findings.ipynb #d181b498
 def effusion(body, r, side, site, extent, severity):
     "Fluid at the base; its level rises with the severity, its meniscus climbs the chest wall with the extent."
     space = body.thorax(side); box = box_of(space); inside = space[box]
@@ -143,7 +143,7 @@ def effusion(body, r, side, site, extent, severity):
     edge = np.where(inside, x, -1).max(2, keepdims=True) if side == "left" else np.where(inside, x, 10**6).min(2, keepdims=True)
     climb = (25 + 30*extent)*np.exp(-np.abs(x - edge)*body.mm[2]/15)/body.mm[0]
     level = inside.shape[0]*(1 - min(1, 6*severity)*(.12 + .48*severity))
-    weight = inside*np.clip(z - level + climb*min(1, 3*severity) + .5, 0, 1)*(severity > 0)
+    weight = inside*np.clip(z - level + climb*min(1, 3*severity) + .5, 0, 1)
     after, mask = fill(body, box, weight)
     label = body.label.copy(); label[mask] = PLEURA[side]
     return replace(after, label=label), mask
@@ -155,8 +155,8 @@ def pleural_thickening(body, r, side, site, extent, severity):
     z, y, x = np.ogrid[tuple(map(slice, inside.shape))]
     down, out = z/inside.shape[0], (x if side == "left" else inside.shape[2] - 1 - x)/inside.shape[2]
     where = np.clip((.16 + .18*extent - down)/.06, 0, 1) if site == "apical" else np.clip((out - .45)/.1, 0, 1)*np.clip((.5 + .4*extent - np.abs(2*down - 1))/.15, 0, 1)
-    thick = (3 + 11*severity)*min(1, 10*severity)*(1 + .25*texture(body, r, 30, box))
-    weight = inside*np.clip(.5 + (thick - depth)/max(2., body.mm[2]), 0, 1)*where*(severity > 0)
+    thick = (3 + 11*severity)*(1 + .25*texture(body, r, 30, box))
+    weight = inside*np.clip(.5 + (thick - depth)/max(2., body.mm[2]), 0, 1)*where*min(1, 10*severity)
     return fill(body, box, weight, .95)
 
 # %% ../../nbs/14_findings.ipynb #1149ada7
@@ -229,7 +229,7 @@ def infiltration(body, r, side, site, extent, severity):
     box, weight = _patch(body, r, body.lung(side), place(zone(body, side, site), r), 55 + 35*extent, 45, .3, min(1, 5*severity)*(.14 + .36*severity), 30)
     return fill(body, box, weight*np.clip(1 + .8*texture(body, r, 9, box), 0, 2.5), 1., .15)
 
-# %% ../../nbs/14_findings.ipynb #3fd1a314
+# %% ../../nbs/14_findings.ipynb #d4ed130a
 def edema(body, r, side, site, extent, severity):
     "Fluid in both lungs. Site `perihilar`: the bat's wing, further out with the extent; `interstitial`: septa and bronchial walls, densest at the bases."
     lung = body.lung(); box = box_of(lung); weight = np.zeros(lung[box].shape, np.float32)
@@ -240,18 +240,17 @@ def edema(body, r, side, site, extent, severity):
     else:
         down = np.linspace(0, 1, weight.shape[0], dtype=np.float32)[:, None, None]
         weight *= np.clip(1.3 - 1.6*np.abs(texture(body, r, 11, box)), 0, 1.3)*(.3 + .7*down)*(.15 + .6*severity)
-    return fill(body, box, np.clip(weight*min(1, 5*severity), 0, 1), 1., .15)
+    return fill(body, box, weight*min(1, 5*severity), 1., .15)
 
 def fibrosis(body, r, side, site, extent, severity):
-    "A net of scars in the outer and lower lung on both sides; the lungs shrink."
+    "A net of scars in the outer and lower lung on both sides."
     lung = body.lung(); box = box_of(lung, 1); inside = lung[box]
     depth = ndimage.distance_transform_edt(inside[::2, ::2, ::2], sampling=body.mm*2).astype(np.float32)
     depth = stretch(depth, inside.shape)
     down = np.linspace(0, 1, inside.shape[0], dtype=np.float32)[:, None, None]
     net = np.clip(1 - 2.2*np.abs(texture(body, r, 9, box)), 0, 1) + .7*np.clip(1 - 2.2*np.abs(texture(body, r, 14, box)), 0, 1)
     weight = inside*net*np.exp(-depth/(12 + 14*extent))*np.clip((down - .45 + .3*extent)/.25, 0, 1)*min(1, 5*severity)*(.3 + .9*severity)
-    after, mask = fill(body, box, np.clip(weight, 0, 1), 1., .2)
-    return after, mask
+    return fill(body, box, weight, 1., .2)
 
 # %% ../../nbs/14_findings.ipynb #38eb32c0
 def emphysema(body, r, side, site, extent, severity):
