@@ -384,15 +384,17 @@ def detect(
 
 
 
-# %% ../../nbs/13_body.ipynb #21ab35e4
+# %% ../../nbs/13_body.ipynb #337971cb
 def expose(
     line: np.ndarray,                  # line integrals, [size size]
     film: Film,
     r: np.random.Generator,            # of the quantum noise
     mm: float,                         # size of a pixel
     window: np.ndarray | None = None,  # attenuation of the clearest lung and of the densest part; None: those of this chest
-) -> np.ndarray:                       # uint8 [size size]; white: strong attenuation
-    "The radiograph."
+    levels: int = 256,                 # of grey, 2 to 65536: 4096 as a 12-bit detector gives them
+) -> np.ndarray:                       # uint8, or uint16 above 256 levels [size size]; white: strong attenuation
+    "The radiograph. Raises `ValueError` for another number of grey levels."
+    if not 2 <= levels <= 65536: raise ValueError(f"levels is {levels}; a radiograph has 2 to 65536 levels of grey")
     size = len(line)
     seen = detect(line + devices(film, size, mm) if film.wires else line, film, r, mm)
     lo, hi = chest_window(seen) if window is None else window
@@ -400,7 +402,7 @@ def expose(
     if film.letter: _print(grey, film.letter)
     a, b, c, d = (round(s*size) for s in film.border)
     inside = np.zeros((size, size), bool); inside[a:size - b, c:size - d] = True
-    return (255*np.where(inside, grey, film.outside)).round().astype(np.uint8)
+    return ((levels - 1)*np.where(inside, grey, film.outside)).round().astype(np.uint8 if levels <= 256 else np.uint16)
 
 def chest_window(seen: np.ndarray) -> np.ndarray:  # [2]
     "The 2 % and 98 % quantiles over the body in the middle of the picture: what an automatic exposure looks at."
