@@ -4,20 +4,22 @@
 
 # %% auto #0
 __all__ = ['WATER', 'LOBES', 'HEART', 'PLEURA', 'RIB', 'AORTA', 'AIRWAY', 'BONE', 'ARM', 'FOV', 'SOURCE', 'VIEWS', 'Body',
-           'ct_file', 'read_ct', 'heal', 'cone', 'upright', 'stretch', 'load_ct', 'code_version', 'Patient', 'Pose',
-           'draw_patient', 'draw_pose', 'warp_coordinates', 'deform', 'swell', 'pose_body', 'attenuation', 'Film',
-           'draw_film', 'devices', 'detect', 'expose', 'chest_window']
+           'ct_file', 'read_ct', 'heal', 'cone', 'hang', 'extend', 'stretch', 'load_ct', 'code_version', 'Patient',
+           'Pose', 'draw_patient', 'draw_pose', 'warp_coordinates', 'deform', 'swell', 'pose_body', 'attenuation',
+           'Film', 'draw_film', 'devices', 'detect', 'expose', 'chest_window']
 
-# %% ../../nbs/13_body.ipynb #6b7c8f74
+# %% ../../nbs/13_body.ipynb #f296b1c8
 import functools, importlib.metadata, importlib.util
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Callable
 
 import cv2
 import numpy as np
 import SimpleITK as sitk
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from scipy import ndimage
 from scipy.interpolate import make_interp_spline
 
@@ -34,7 +36,7 @@ _STRUCTURES = {10: 1, 11: 2, 12: 3, 13: 4, 14: 5, 51: HEART, 61: HEART, 52: AORT
 
 
 
-# %% ../../nbs/13_body.ipynb #23969808
+# %% ../../nbs/13_body.ipynb #366baf7f
 @dataclass(frozen=True)
 class Body:
     "A chest in three dimensions."
@@ -43,6 +45,7 @@ class Body:
     mm: np.ndarray     # size of a voxel, mm [3]
     centre: np.ndarray # index of the point that counts as the origin, [3]
     axis: int = 1      # the beam's: 1 (y) seen from the front, 2 (x) from the side
+    raised: Callable[[], "Body"] | None = None  # gives the same chest with raised arms, for the view from the side
 
     def lung(self, side: str | None = None) -> np.ndarray:
         "Lung tissue of one side, or of both, as bool [z y x]."
@@ -98,16 +101,21 @@ def heal(hu: np.ndarray, mask: np.ndarray, mm: np.ndarray) -> None:  # `hu` in p
     weight = np.clip((_REACH - d)/5, 0, 1)*((mask[box] >= 10) & (mask[box] <= 14))
     hu[box] += weight*(hu[tuple(slice(b.start + s, b.stop + s) for b, s in zip(box, _DONOR))] - hu[box])
 
-# %% ../../nbs/13_body.ipynb #21d3cbf6
-_FLESH = (  # from, to (z y |x| in mm from the centre of the lungs), radius at both ends, depth over width
+# %% ../../nbs/13_body.ipynb #feb72d5b
+_FLESH = {"hanging": (  # from, to (z y |x| in mm from the centre of the lungs), radius at both ends, depth over width
     ((-102, -15, 168), (190, -10, 214), 43, 38, 1.1),   # arm
     ((-190, -30, 30), (-112, -20, 150), 40, 44, 1.35),  # trapezius and shoulder
     ((-260, -12, 0), (-120, -14, 0), 54, 84, .95),      # neck, widening to the chest
     ((-120, -14, 0), (-95, -10, 95), 80, 76, 1.),       # upper chest
-    ((-100, 10, 90), (-95, 0, 150), 56, 46, 1.2))       # axilla
-_LONG_BONES = (  # points, radius at each, wall, HU of wall and marrow
+    ((-100, 10, 90), (-95, 0, 150), 56, 46, 1.2)),      # axilla
+"raised": (
+    ((-110, 5, 130), (-260, 72, 150), 58, 46, 1.),    # arm
+    ((-260, -45, 40), (-130, -25, 90), 42, 62, 1.),     # trapezius and shoulder
+    ((-260, 5, 0), (-140, -14, 0), 56, 64, 1.))}        # neck
+_LONG_BONES = {"hanging": (  # points, radius at each, wall, HU of wall and marrow
     (((-98, -5, 160), (-70, -5, 170), (190, -5, 212)), (23, 11.5, 10.5), 4, 800, 120),                     # humerus
-    (((-84, 50, 17), (-99, 42, 60), (-110, 8, 112), (-108, -10, 148)), (10, 6.5, 5.5, 8), 2, 650, 250))    # clavicle
+    (((-84, 50, 17), (-99, 42, 60), (-110, 8, 112), (-108, -10, 148)), (10, 6.5, 5.5, 8), 2, 650, 250)),   # clavicle
+"raised": ((((-150, -12, 130), (-175, 4, 134), (-260, 62, 150)), (19, 12, 10.5), 4, 800, 120),)}          # humerus
 
 def cone(p: list[np.ndarray], a: tuple, b: tuple, ra: float, rb: float, flat: float = 1.) -> np.ndarray:
     "Distance from the surface of a rounded cone from `a` to `b` (mm; negative inside), approximate where it tapers or its depth differs from its width."
@@ -119,14 +127,12 @@ def cone(p: list[np.ndarray], a: tuple, b: tuple, ra: float, rb: float, flat: fl
 
 
 
-# %% ../../nbs/13_body.ipynb #8da2ccb4
-def upright(hu: np.ndarray, mask: np.ndarray, p: list[np.ndarray], top: float) -> tuple[np.ndarray, np.ndarray]:
+# %% ../../nbs/13_body.ipynb #2d8f158e
+def hang(hu: np.ndarray, mask: np.ndarray, p: list[np.ndarray], top: float) -> tuple[np.ndarray, np.ndarray]:
     "The CT with neck, shoulders and hanging arms, and where the arms are. `p`: position of the voxels, mm; above `top` (mm) the CT holds nothing."
-    z, y, x = p; ax = np.abs(x + 2); P = (z, y, ax)
+    z, y, x = p; ax = np.abs(x + 2)
     beside, lung, airway, bone = hu < -300, (mask >= 10) & (mask <= 14), mask == 16, np.isin(mask, _RIBS + _BONES)
-    zc, yc, xc = (np.linspace(g.min(), g.max(), -(-g.size//4), dtype=np.float32).reshape([-1 if n > 1 else 1 for n in g.shape]) for g in p)
-    cones = [np.clip(cone((zc, yc, np.abs(xc + 2)), *f), -80, 80) for f in _FLESH]
-    flesh = stretch(-8*np.log(sum(np.exp(-c/8) for c in cones)), hu.shape)               # their smooth union
+    flesh, arm = _flesh(p, "hanging", hu.shape)
     keep, tissue = lung | airway | bone & ~np.isin(mask, [71, 72]), np.where(flesh < -9, 10., -95.).astype(np.float32)
     raised = ndimage.binary_dilation(np.isin(mask, _RAISED), iterations=2) & ~bone
     hu = np.where(raised | (hu > 120) & (z < -90) & (ax > 20) & ~ndimage.binary_dilation(bone), 20, hu)
@@ -134,22 +140,40 @@ def upright(hu: np.ndarray, mask: np.ndarray, p: list[np.ndarray], top: float) -
     hu = np.where(keep, hu, hu + outside*(-1000 - hu))
     blend = np.where(keep, 0, np.clip((-118 - z)/28, 0, 1)); empty = (hu < -200) & ~ndimage.binary_dilation(lung, iterations=2) & ~airway & ((z < -95) | (ax > 110))
     hu = hu + np.clip(.5 - flesh/4, 0, 1)*np.maximum(blend, empty | (z < top))*(tissue - hu)*(flesh < 4)
-    hu, humerus = _bones(hu, z, y, x, P, airway, top)
-    return hu, humerus | (stretch(cones[0], hu.shape) < 2) & (ax > 120) & beside
+    hu, humerus = _bones(hu, p, airway, top, "hanging")
+    return hu, humerus | (arm < 2) & (ax > 120) & beside
 
-# %% ../../nbs/13_body.ipynb #15359e4d
-def _bones(hu, z, y, x, P, airway, top):
+def _flesh(p, posture, shape):
+    "Distance from the smooth union of the cones, and from the first of them, the arm, mm."
+    zc, yc, xc = (np.linspace(g.min(), g.max(), -(-g.size//4), dtype=np.float32).reshape([-1 if n > 1 else 1 for n in g.shape]) for g in p)
+    cones = [np.clip(cone((zc, yc, np.abs(xc + 2)), *f), -80, 80) for f in _FLESH[posture]]
+    return stretch(-8*np.log(sum(np.exp(-c/8) for c in cones)), shape), stretch(cones[0], shape)
+
+def _bones(hu, p, airway, top, posture):
     "Spine and airway above the CT, humeri and clavicles; and where the humeri are."
-    r = np.sqrt(x**2 + ((y + 32)/.9)**2)
+    z, y, x = p; r = np.sqrt(x**2 + ((y + 32)/.9)**2)
     hu = np.where((z < top + 6) & (r < 12) & (hu > -500), 60 + np.clip(12 - r, 0, 3)*60*np.clip(.8 - 1.2*np.cos(2*np.pi*z/18), 0, 1), hu)
     first = np.flatnonzero(airway.any((1, 2)))[0] + 2
     seen = np.argwhere(airway[first]).mean(0).astype(int)
     hu = np.where((z < z.ravel()[first]) & (np.hypot(x - x.ravel()[seen[1]], y - y.ravel()[seen[0]]) < 8), -1000, hu)
-    for points, radii, wall, cortical, marrow in _LONG_BONES:
-        d = np.minimum.reduce([cone(P, a, b, ra, rb) for a, b, ra, rb in zip(points, points[1:], radii, radii[1:])])
+    for points, radii, wall, cortical, marrow in _LONG_BONES[posture]:
+        d = np.minimum.reduce([cone((z, y, np.abs(x + 2)), a, b, ra, rb) for a, b, ra, rb in zip(points, points[1:], radii, radii[1:])])
         if marrow < 200: humerus = d < 2
         hu = np.where(d < 0, np.maximum(np.where(d < -wall, marrow, cortical), hu), hu)
     return hu.astype(np.float32), humerus
+
+# %% ../../nbs/13_body.ipynb #5ff2217f
+def extend(hu: np.ndarray, mask: np.ndarray, p: list[np.ndarray], top: float) -> tuple[np.ndarray, np.ndarray]:
+    "The CT with its raised arms and its neck continued above `top` (mm), and where the new bones are. `p`: position of the voxels, mm."
+    z, y, x = p; above, edge, airway = (z < top).sum(), x[0, 0, 1] - x[0, 0, 0], mask == 16
+    flesh, _ = _flesh(p, "raised", hu.shape)
+    cones = np.clip(.5 - flesh/4, 0, 1)*(np.where(flesh < -9, 10, -95).astype(np.float32) + 1000) - 1000
+    hu = np.where((z < -105) & (y > 68 + .6*(z - top)), -1000, hu); hu[:above] = hu[above]        # without the chin
+    near = slice(0, above + round(25/edge)); w = np.clip((top + 20 - z[near])/20, 0, 1)           # soft edges from there upwards
+    hu[near] += w*(ndimage.gaussian_filter(hu[near], 4/edge) - hu[near])
+    hu = hu + np.clip((top - z)/30, 0, 1)*(cones - hu)
+    empty = (hu < -200) & ~ndimage.binary_dilation((mask >= 10) & (mask <= 14), iterations=2) & ~airway & (z < -60) & (np.abs(x) > 90)
+    return _bones(np.where(empty, np.maximum(hu, cones), hu), p, airway, top, "raised")
 
 # %% ../../nbs/13_body.ipynb #cd92737d
 def stretch(a: np.ndarray, shape, box: tuple[slice, ...] = (slice(None),)*3) -> np.ndarray:  # float32 of `shape`, or the part of it in `box`
@@ -162,9 +186,9 @@ def stretch(a: np.ndarray, shape, box: tuple[slice, ...] = (slice(None),)*3) -> 
         a = low + (a.take(i + 1, axis) - low)*f.astype(np.float32)
     return a
 
-# %% ../../nbs/13_body.ipynb #3c5a11ef
-def _assemble(block: int) -> Body:
-    "Heals the CT, averages it over `block` x `block` voxels of a slice, makes the voxels cubes, and stands it upright."
+# %% ../../nbs/13_body.ipynb #2be0ab7a
+def _assemble(block: int, posture: str) -> Body:
+    "Heals the CT, averages it over `block` x `block` voxels of a slice, makes the voxels cubes, and gives it a posture."
     hu, mask, mm = read_ct(); heal(hu, mask, mm)
     keep, edge = 512//block*block, block*mm[1]
     hu = hu[:, :keep, :keep].reshape(len(hu), keep//block, block, keep//block, block).mean((2, 4)); mask = mask[:, block//2:keep:block, block//2:keep:block]
@@ -179,23 +203,29 @@ def _assemble(block: int) -> Body:
     hu, mask = np.pad(hu, pad, constant_values=-1000), np.pad(mask, pad)
     where = np.argwhere((mask >= 10) & (mask <= 14)); centre = (where.min(0) + where.max(0))/2
     p = [((i - c)*edge).astype(np.float32) for i, c in zip(np.ogrid[tuple(map(slice, hu.shape))], centre)]
-    hu, arm = upright(hu, mask, p, (pad[0][0] - centre[0])*edge)
+    hu, arm = {"hanging": hang, "raised": extend}[posture](hu, mask, p, (pad[0][0] - centre[0])*edge)
     table = np.zeros(256, np.uint8); table[list(_STRUCTURES)] = list(_STRUCTURES.values())
     mu = WATER*(1 + hu/1000 + .7*np.clip(hu - 130, 0, None)/1000).clip(0)                 # calcium gains at radiographic energies
     return Body(mu.astype(np.float32), np.where(arm, np.uint8(ARM), table[mask]), np.full(3, edge), centre)
 
-# %% ../../nbs/13_body.ipynb #4a6f2491
+# %% ../../nbs/13_body.ipynb #2dd203f9
 @functools.lru_cache(maxsize=4)
-def load_ct(size: int) -> Body:  # size: edge of the radiographs to be made, pixels
-    "The upright body at the resolution that `size` needs, from the cache (made at the first call). Raises `FileNotFoundError` where the wheel is missing."
+def load_ct(
+    size: int,                  # edge of the radiographs to be made, pixels
+    posture: str = "hanging",   # of the arms: hanging | raised
+) -> Body:
+    "The body at the resolution that `size` needs, from the cache (made at the first call). Raises `FileNotFoundError` where the wheel is missing."
     block = 3 if size <= 160 else 2
-    path = cache_dir()/"phantom"/f"ct-{code_version('body')}-{block}.npz"
-    if not path.exists():
-        b = _assemble(block)
-        with atomic(path) as tmp: np.savez(tmp, mu=b.mu.astype(np.float16), label=b.label, mm=b.mm, centre=b.centre)
+    path = cache_dir()/"phantom"/f"ct-{code_version('body')}-{posture}-{block}.npz"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):   # assembled once, whoever asks
+        if not path.exists():
+            b = _assemble(block, posture)
+            with atomic(path) as tmp: np.savez(tmp, mu=b.mu.astype(np.float16), label=b.label, mm=b.mm, centre=b.centre)
     with np.load(path) as z: mu, label, mm, centre = z["mu"].astype(np.float32), z["label"], z["mm"], z["centre"]
     blur = np.clip(FOV/size/mm*.35 - .3, 0, None)                           # no finer detail than the pixels can carry
-    return Body(ndimage.gaussian_filter(mu, blur) if blur.max() > .1 else mu, label, mm, centre)
+    mu = ndimage.gaussian_filter(mu, blur) if blur.max() > .1 else mu
+    return Body(mu, label, mm, centre, raised=functools.partial(load_ct, size, "raised") if posture == "hanging" else None)
 
 @functools.cache
 def code_version(module: str) -> str:  # name of a module of cxr_nb.data
@@ -243,7 +273,7 @@ def draw_patient(r: np.random.Generator) -> Patient:
 
 
 
-# %% ../../nbs/13_body.ipynb #274f4360
+# %% ../../nbs/13_body.ipynb #02a979df
 def draw_pose(
     r: np.random.Generator,
     patient: Patient,
@@ -253,10 +283,10 @@ def draw_pose(
     views = VIEWS if views is None else views
     view = str(r.choice(list(views), p=np.array(list(views.values()))/sum(views.values())))
     turn = np.radians(r.normal(0, [3., 1.5, 2.]).clip(-6, 6)) + ([0, 0, np.radians(r.uniform(-2, 8))] if view == "AP" else 0)
-    return Pose(view, turn, r.normal([-14, 0], [9, 6]), float(FOV*np.mean(patient.scale[[0, 2]])**.8*r.uniform(.88, 1.06)),
+    return Pose(view, turn, r.normal([-14, 0], [9, 6]), float(FOV*(.93 if view == "LATERAL" else 1)*np.mean(patient.scale[[0, 2]])**.8*r.uniform(.88, 1.06)),
                 float(np.clip(r.normal(12 if view == "AP" else 0, 5), -10, 24)))
 
-# %% ../../nbs/13_body.ipynb #a08afc47
+# %% ../../nbs/13_body.ipynb #2f2542f8
 def warp_coordinates(
     ct: Body,          # the upright body
     patient: Patient,
@@ -270,7 +300,7 @@ def warp_coordinates(
     nodes = np.ceil(extent/14).astype(int)
     p = np.stack(np.meshgrid(*[np.linspace(-e/2 + e/s/2, e/2 - e/s/2, k) for e, s, k in zip(extent, shape, nodes)], indexing="ij"))
     across, depth = (1, p[2]) if side else (2, p[1] if pose.view == "PA" else -p[1])
-    p[0] += pose.shift[0]; p[across] += pose.shift[1] + (20 if side else 0)
+    p[0] += pose.shift[0]; p[across] += pose.shift[1]
     p[[0, across]] *= 1 + depth/SOURCE[pose.view]
     for (i, j), t in zip(((1, 2), (0, 2), (0, 1)), pose.turn): p[i], p[j] = np.cos(t)*p[i] - np.sin(t)*p[j], np.sin(t)*p[i] + np.cos(t)*p[j]
     p = deform(ct, patient, pose.breath, p/patient.scale.reshape(3, 1, 1, 1))
@@ -294,22 +324,22 @@ def swell(p, centre, scale, reach=(65, 70, 85)):
     g = (1/scale - 1)*np.exp(-sum((e/s)**2 for e, s in zip(d, reach))**2)
     return [q + g*e for q, e in zip(p, d)]
 
-# %% ../../nbs/13_body.ipynb #c494ac5c
+# %% ../../nbs/13_body.ipynb #11816e89
 def pose_body(ct: Body, patient: Patient, pose: Pose, size: int) -> Body:
-    "The patient's healthy body in the cone of the beam: [size, depth, size] from the front, [size, size, depth] from the side."
+    "The patient's healthy body in the cone of the beam: [size, depth, size] from the front, [size, size, depth] from the side, where the arms are raised."
+    if pose.view == "LATERAL" and ct.raised: ct = ct.raised()
     at, mm = warp_coordinates(ct, patient, pose, size)
     grid = torch.from_numpy(np.stack([2*a/(n - 1) - 1 for a, n in zip(at[::-1], ct.mu.shape[::-1])], -1))[None]
     read = lambda v, mode: F.grid_sample(torch.from_numpy(v)[None, None], grid, mode, "border", align_corners=True)[0, 0].numpy()
     mu, label = read(ct.mu, "bilinear"), read(ct.label.astype(np.float32), "nearest").astype(np.uint8)
     bone = (label == RIB) | (label == BONE)
     mu[bone] += (patient.bone - 1)*np.clip(mu[bone] - 1.1*WATER, 0, None)
-    if pose.view == "LATERAL": mu[label == ARM] = 0
     if patient.calcium:
         wall = (label == AORTA) & ndimage.binary_dilation(label != AORTA)
         z, x = (((at[i] - ct.centre[i])*ct.mm[i])[wall] for i in (0, 2))
         mu[wall] += ((z < ct.landmarks[1][0] + 30) & (np.sin(z/7 + x/9) > .2))*np.float32(patient.calcium*4*WATER/max(1, mm.max()))
     if patient.breast:
-        skin = (mu < .3*WATER) & (label == 0) & (at[1] > (ct.chest - patient.breast)/ct.mm[1] + ct.centre[1])
+        skin = (mu < (.9 if pose.view == "LATERAL" else .3)*WATER) & (label == 0) & (at[1] > (ct.chest - patient.breast)/ct.mm[1] + ct.centre[1])
         z, y, x = ((at[i][skin] - ct.centre[i])*ct.mm[i] for i in range(3))
         rho = np.sqrt(((z - 45)/np.where(z < 45, 1.5, 1))**2 + ((y - ct.chest)/.7)**2 + ((np.abs(x) - 80)/1.15)**2)/patient.breast
         mu[skin] = np.maximum(mu[skin], .9*WATER*np.clip(2.5*(1 - rho), 0, 1))
@@ -321,7 +351,7 @@ def attenuation(body: Body, pose: Pose) -> np.ndarray:
     a, b = (np.linspace(-pose.fov/2, pose.fov/2, n) for n in s.shape)
     return s*np.sqrt(1 + (a[:, None]**2 + b**2)/SOURCE[pose.view]**2)
 
-# %% ../../nbs/13_body.ipynb #d3b37a39
+# %% ../../nbs/13_body.ipynb #faf7a819
 @dataclass(frozen=True)
 class Film:
     "How one image was exposed and processed, and what else is on it."
@@ -343,7 +373,9 @@ def draw_film(r: np.random.Generator, view: str) -> Film:
     border = tuple(float(b) for b in np.where(r.random(4) < .25, r.uniform(0, .06, 4), 0))
     letter = (float(r.uniform(.05, .16)), float(r.uniform(.84, .94)), float(r.uniform(.03, .055))) if r.random() < .75 else None
     wires = tuple(_wire(r, k) for k in ("electrode",)*3 + ("tube",)*2 if r.random() < (.35 if view == "AP" else .06))
-    return Film(photons, scatter, blur, detail, float(r.uniform(.1, .32)), float(r.uniform(.8, 1.)), float(r.uniform(.75, 1.25)), border, float(r.choice([.02, .95])), letter, wires)
+    low, high, gamma = float(r.uniform(.1, .32)), float(r.uniform(.8, 1.)), float(r.uniform(.75, 1.25))
+    if view == "LATERAL": low, high, detail = low - .1, high + .02, (detail[0] + .8, detail[1])
+    return Film(photons, scatter, blur, detail, low, high, gamma, border, float(r.choice([.02, .95])), letter, wires)
 
 def _wire(r, kind):
     if kind == "tube":  # from the neck down
