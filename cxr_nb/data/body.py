@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['WATER', 'LOBES', 'HEART', 'PLEURA', 'RIB', 'AORTA', 'AIRWAY', 'BONE', 'ARM', 'FOV', 'SOURCE', 'VIEWS', 'Body',
            'ct_file', 'read_ct', 'heal', 'cone', 'hang', 'extend', 'stretch', 'load_ct', 'code_version', 'Patient',
-           'Pose', 'draw_patient', 'draw_pose', 'warp_coordinates', 'deform', 'swell', 'pose_body', 'attenuation',
-           'Film', 'draw_film', 'devices', 'detect', 'expose', 'chest_window']
+           'Pose', 'draw_patient', 'draw_pose', 'warp_coordinates', 'deform', 'swell', 'read', 'tiles', 'pose_body',
+           'attenuation', 'Film', 'draw_film', 'devices', 'detect', 'expose', 'chest_window']
 
 # %% ../../nbs/13_body.ipynb #f296b1c8
 import functools, importlib.metadata, importlib.util
@@ -36,7 +36,7 @@ _STRUCTURES = {10: 1, 11: 2, 12: 3, 13: 4, 14: 5, 51: HEART, 61: HEART, 52: AORT
 
 
 
-# %% ../../nbs/13_body.ipynb #366baf7f
+# %% ../../nbs/13_body.ipynb #9d308946
 @dataclass(frozen=True)
 class Body:
     "A chest in three dimensions."
@@ -72,6 +72,14 @@ class Body:
         z, y, x = self.grid()
         near = (np.abs(z - 40) < 12) & (np.abs(np.abs(x) - 80) < 15) & (self.mu > .5*WATER)
         return float(np.flatnonzero(near.any((0, 2))).max() - self.centre[1])*self.mm[1]
+
+    @functools.cached_property
+    def near(self) -> tuple[np.ndarray, int]:
+        "The blocks of about 6 mm that hold tissue or are next to some, as bool [z y x], and their edge in voxels."
+        edge = round(6/self.mm[0])
+        full = np.pad((self.mu > 0) | (self.label > 0), [(0, -n % edge) for n in self.mu.shape])
+        for axis in range(3): full = np.logical_or.reduceat(full, range(0, full.shape[axis], edge), axis)
+        return ndimage.binary_dilation(full, np.ones((3, 3, 3))), edge
 
     def grid(self, box: tuple[slice, ...] | None = None) -> list[np.ndarray]:  # box: a part of the volume; None: all
         "Position of every voxel, mm from the origin: three arrays that broadcast to [z y x]."
@@ -324,14 +332,34 @@ def swell(p, centre, scale, reach=(65, 70, 85)):
     g = (1/scale - 1)*np.exp(-sum((e/s)**2 for e, s in zip(d, reach))**2)
     return [q + g*e for q, e in zip(p, d)]
 
-# %% ../../nbs/13_body.ipynb #11816e89
+# %% ../../nbs/13_body.ipynb #57c26a8d
+def read(ct: Body, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # at: indices in the CT, float32 [3 z y x]
+    "Attenuation, by linear interpolation, and the label of the nearest voxel."
+    n = ct.mu.shape
+    grid = (2*torch.from_numpy(at)/(torch.tensor(n)[:, None, None, None] - 1) - 1).flip(0).permute(1, 2, 3, 0)[None]
+    mu = F.grid_sample(torch.from_numpy(ct.mu)[None, None], grid, padding_mode="border", align_corners=True)[0, 0]
+    z, y, x = (np.rint(a).clip(0, k - 1).astype(np.int32) for a, k in zip(at, n))
+    return mu.numpy(), ct.label.ravel().take((z*n[1] + y)*n[2] + x)
+
+def tiles(ct: Body, at: np.ndarray, mm: np.ndarray, axis: int):  # at, mm: as `warp_coordinates` gives them; axis: the beam's
+    "The parts of the volume that hold the body, as slices: squares of about 48 mm of the picture."
+    step, (near, edge) = np.maximum(1, 6//mm).astype(int), ct.near
+    some = np.ix_(*[np.minimum(np.arange(0, n, s) + s//2, n - 1) for n, s in zip(at.shape[1:], step)])
+    near = near[tuple(np.clip(np.rint(a[some]).astype(int)//edge, 0, n - 1) for a, n in zip(at, near.shape))]
+    for i, j in np.ndindex(*(-(-near.shape[k]//8) for k in (0, 3 - axis))):
+        box = [slice(8*i, 8*i + 8), slice(8*j, 8*j + 8)]; box.insert(axis, slice(None))
+        deep = np.flatnonzero(near[tuple(box)].any((0, 3 - axis)))
+        if len(deep):
+            box[axis] = slice(deep[0], deep[-1] + 1)
+            yield tuple(slice(b.start*s, b.stop*s) for b, s in zip(box, step))
+
+# %% ../../nbs/13_body.ipynb #93917805
 def pose_body(ct: Body, patient: Patient, pose: Pose, size: int) -> Body:
     "The patient's healthy body in the cone of the beam: [size, depth, size] from the front, [size, size, depth] from the side, where the arms are raised."
     if pose.view == "LATERAL" and ct.raised: ct = ct.raised()
     at, mm = warp_coordinates(ct, patient, pose, size)
-    grid = torch.from_numpy(np.stack([2*a/(n - 1) - 1 for a, n in zip(at[::-1], ct.mu.shape[::-1])], -1))[None]
-    read = lambda v, mode: F.grid_sample(torch.from_numpy(v)[None, None], grid, mode, "border", align_corners=True)[0, 0].numpy()
-    mu, label = read(ct.mu, "bilinear"), read(ct.label.astype(np.float32), "nearest").astype(np.uint8)
+    mu, label = np.zeros(at.shape[1:], np.float32), np.zeros(at.shape[1:], np.uint8)
+    for tile in tiles(ct, at, mm, 2 if pose.view == "LATERAL" else 1): mu[tile], label[tile] = read(ct, at[:, *tile])
     bone = (label == RIB) | (label == BONE)
     mu[bone] += (patient.bone - 1)*np.clip(mu[bone] - 1.1*WATER, 0, None)
     if patient.calcium:
@@ -343,7 +371,7 @@ def pose_body(ct: Body, patient: Patient, pose: Pose, size: int) -> Body:
         z, y, x = ((at[i][skin] - ct.centre[i])*ct.mm[i] for i in range(3))
         rho = np.sqrt(((z - 45)/np.where(z < 45, 1.5, 1))**2 + ((y - ct.chest)/.7)**2 + ((np.abs(x) - 80)/1.15)**2)/patient.breast
         mu[skin] = np.maximum(mu[skin], .9*WATER*np.clip(2.5*(1 - rho), 0, 1))
-    return Body(mu.astype(np.float32), label, mm, (np.array(mu.shape) - 1)/2, 2 if pose.view == "LATERAL" else 1)
+    return Body(mu, label, mm, (np.array(mu.shape) - 1)/2, 2 if pose.view == "LATERAL" else 1)
 
 def attenuation(body: Body, pose: Pose) -> np.ndarray:
     "Line integral of mu along the beam, [h w]; oblique rays run longer through each plane."
