@@ -174,7 +174,7 @@ def study_date(k: int, dates: str = "followup") -> str:  # YYYYMMDD
     if dates not in DATES: raise ValueError(f"dates is {dates!r}; it is one of {', '.join(DATES)}")
     return f"{2000 + k//2 if dates == 'followup' else 2000}{'0701' if dates == 'followup' and k % 2 else '0101'}"
 
-# %% ../../nbs/17_release.ipynb #d3edb09e
+# %% ../../nbs/17_release.ipynb #602bd327
 _VIEW = {"PA": ("PA", ["L", "F"], codes.cid4010.PosteroAnterior), "AP": ("AP", ["L", "F"], codes.cid4010.AnteroPosterior), "LATERAL": ("LL", ["P", "F"], codes.cid4010.LeftLateral)}  # position; where rows and columns run; code
 _COMMENT = "Simulated from one CT. This is not a patient."
 
@@ -187,25 +187,28 @@ def dicom(
 ) -> Dataset:
     "A radiograph as an archive has it. Raises `ValueError` for an unknown policy of dates."
     s, row, bits, view = shot, shot.row, (levels - 1).bit_length(), shot.row["view"]
+    position, along, code = _VIEW[view]
     uid = lambda *what: generate_uid(entropy_srcs=["cxr_nb", salt, *what])
     ds = Dataset(); ds.file_meta = FileMetaDataset(); ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    for name, v in (dict(SOPClassUID=DigitalXRayImageStorageForPresentation, SOPInstanceUID=uid("image", row["image_id"]), SeriesInstanceUID=uid("series", row["study_id"]), StudyInstanceUID=uid("study", row["study_id"]), SyntheticData="YES")
-        | dict(PatientID=row["patient_id"], PatientName="", PatientBirthDate="", PatientSex=row["sex"], PatientAge=f"{row['age']:03.0f}Y", PatientIdentityRemoved="YES", DeidentificationMethod=_COMMENT)
-        | dict(StudyDate=study_date(s.k, dates), StudyTime="120000", StudyID=str(s.k + 1), AccessionNumber="", ReferringPhysicianName="", SeriesNumber=1, InstanceNumber=1, Modality="DX", PresentationIntentType="FOR PRESENTATION")
-        | dict(Manufacturer="cxr_nb", ManufacturerModelName="phantom", SoftwareVersions=row["generator"], ImageType=["DERIVED", "PRIMARY", ""], DerivationDescription=_COMMENT, ImageComments=_COMMENT)
-        | dict(BodyPartExamined="CHEST", ImageLaterality="U", ViewPosition=_VIEW[view][0], PatientOrientation=_VIEW[view][1], ViewCodeSequence=[_code(_VIEW[view][2])], PositionerType="", DetectorType="", AcquisitionContextSequence=[], AnatomicRegionSequence=[_code(codes.SCT.Chest)])
-        | dict(ImagerPixelSpacing=[_ds(s.spacing)]*2, PixelSpacing=[_ds(s.spacing)]*2, DistanceSourceToDetector=DETECTOR[view], DistanceSourceToPatient=SOURCE[view], EstimatedRadiographicMagnificationFactor=_ds(magnification(view)))
-        | dict(WindowCenter=levels//2, WindowWidth=levels, RescaleSlope=1, RescaleIntercept=0, RescaleType="US", PresentationLUTShape="INVERSE" if inverted else "IDENTITY", BurnedInAnnotation="NO", LossyImageCompression="00",
-               PixelIntensityRelationship="LOG", PixelIntensityRelationshipSign=1 if inverted else -1)).items(): setattr(ds, name, v)
+    _set(ds, SOPClassUID=DigitalXRayImageStorageForPresentation, SOPInstanceUID=uid("image", row["image_id"]), SeriesInstanceUID=uid("series", row["study_id"]), StudyInstanceUID=uid("study", row["study_id"]))
+    _set(ds, PatientID=row["patient_id"], PatientName="", PatientBirthDate="", PatientSex=row["sex"], PatientAge=f"{row['age']:03.0f}Y", PatientIdentityRemoved="YES", DeidentificationMethod=_COMMENT)
+    _set(ds, StudyDate=study_date(s.k, dates), StudyTime="120000", StudyID=str(s.k + 1), AccessionNumber="", ReferringPhysicianName="", SeriesNumber=1, InstanceNumber=1)
+    _set(ds, SyntheticData="YES", ImageType=["DERIVED", "PRIMARY", ""], DerivationDescription=_COMMENT, ImageComments=_COMMENT, Manufacturer="cxr_nb", ManufacturerModelName="phantom", SoftwareVersions=row["generator"])
+    _set(ds, Modality="DX", PresentationIntentType="FOR PRESENTATION", BodyPartExamined="CHEST", AnatomicRegionSequence=[_code(codes.SCT.Chest)], ImageLaterality="U", BurnedInAnnotation="NO", LossyImageCompression="00")
+    _set(ds, ViewPosition=position, ViewCodeSequence=[_code(code)], PatientOrientation=along, PositionerType="", DetectorType="", AcquisitionContextSequence=[])
+    _set(ds, ImagerPixelSpacing=[_ds(s.spacing)]*2, PixelSpacing=[_ds(s.spacing)]*2, DistanceSourceToDetector=DETECTOR[view], DistanceSourceToPatient=SOURCE[view], EstimatedRadiographicMagnificationFactor=_ds(magnification(view)))
+    _set(ds, WindowCenter=levels//2, WindowWidth=levels, RescaleSlope=1, RescaleIntercept=0, RescaleType="US", PixelIntensityRelationship="LOG", PixelIntensityRelationshipSign=1 if inverted else -1, PresentationLUTShape="INVERSE" if inverted else "IDENTITY")
     x = s.image.astype(np.uint16 if bits > 8 else np.uint8)
     ds.set_pixel_data(levels - 1 - x if inverted else x, f"MONOCHROME{1 if inverted else 2}", bits, generate_instance_uid=False)
     return ds
 
-def _ds(v): return round(float(v), 6)
+def _ds(v): return round(float(v), 6)   # a decimal string has at most 16 characters
 
-def _code(c):
-    item = Dataset(); item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning = c.value, c.scheme_designator, c.meaning
-    return item
+def _set(ds, **tags):
+    for name, value in tags.items(): setattr(ds, name, value)
+    return ds
+
+def _code(c): return _set(Dataset(), CodeValue=c.value, CodingSchemeDesignator=c.scheme_designator, CodeMeaning=c.meaning)
 
 # %% ../../nbs/17_release.ipynb #037add3f
 LEVELS = 4096  # grey levels of a detector of 12 bits
