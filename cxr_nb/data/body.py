@@ -135,21 +135,19 @@ def cone(p: list[np.ndarray], a: tuple, b: tuple, ra: float, rb: float, flat: fl
 
 
 
-# %% ../../nbs/13_body.ipynb #2d8f158e
+# %% ../../nbs/13_body.ipynb #cbf5c839
 def hang(hu: np.ndarray, mask: np.ndarray, p: list[np.ndarray], top: float) -> tuple[np.ndarray, np.ndarray]:
     "The CT with neck, shoulders and hanging arms, and where the arms are. `p`: position of the voxels, mm; above `top` (mm) the CT holds nothing."
     z, y, x = p; ax = np.abs(x + 2)
     beside, lung, airway, bone = hu < -300, (mask >= 10) & (mask <= 14), mask == 16, np.isin(mask, _RIBS + _BONES)
     flesh, arm = _flesh(p, "hanging", hu.shape)
-    keep, tissue = lung | airway | bone & ~np.isin(mask, [71, 72]), np.where(flesh < -9, 10., -95.).astype(np.float32)
+    keep = lung | airway | bone & ~np.isin(mask, [71, 72])
     raised = ndimage.binary_dilation(np.isin(mask, _RAISED), iterations=2) & ~bone
     hu = np.where(raised | (hu > 120) & (z < -90) & (ax > 20) & ~ndimage.binary_dilation(bone), 20, hu)
-    outside = np.clip(.5 + (flesh - np.clip((z + 105)*1.5, 0, 200))/4, 0, 1)*(z < -60)        # what only raised arms fill
-    hu = np.where(keep, hu, hu + outside*(-1000 - hu))
-    blend = np.where(keep, 0, np.clip((-118 - z)/28, 0, 1)); empty = (hu < -200) & ~ndimage.binary_dilation(lung, iterations=2) & ~airway & ((z < -95) | (ax > 110))
-    hu = hu + np.clip(.5 - flesh/4, 0, 1)*np.maximum(blend, empty | (z < top))*(tissue - hu)*(flesh < 4)
-    hu, humerus = _bones(hu, p, airway, top, "hanging")
-    return hu, humerus | (arm < 2) & (ax > 120) & beside
+    hu += ~keep*np.clip(.5 + (flesh - np.clip((z + 105)*1.5, 0, 200))/4, 0, 1)*(z < -60)*(-1000 - hu)     # what only raised arms fill
+    blend = ~keep*np.clip((-118 - z)/28, 0, 1); empty = (hu < -200) & ~ndimage.binary_dilation(lung, iterations=2) & ~airway & ((z < -95) | (ax > 110))
+    hu += np.clip(.5 - flesh/4, 0, 1)*np.maximum(blend, empty | (z < top))*(_tissue(flesh) - hu)*(flesh < 4)
+    return hu, _bones(hu, p, airway, top, "hanging") | (arm < 2) & (ax > 120) & beside
 
 def _flesh(p, posture, shape):
     "Distance from the smooth union of the cones, and from the first of them, the arm, mm."
@@ -157,31 +155,37 @@ def _flesh(p, posture, shape):
     cones = [np.clip(cone((zc, yc, np.abs(xc + 2)), *f), -80, 80) for f in _FLESH[posture]]
     return stretch(-8*np.log(sum(np.exp(-c/8) for c in cones)), shape), stretch(cones[0], shape)
 
-def _bones(hu, p, airway, top, posture):
-    "Spine and airway above the CT, humeri and clavicles; and where the humeri are."
-    z, y, x = p; r = np.sqrt(x**2 + ((y + 32)/.9)**2)
-    hu = np.where((z < top + 6) & (r < 12) & (hu > -500), 60 + np.clip(12 - r, 0, 3)*60*np.clip(.8 - 1.2*np.cos(2*np.pi*z/18), 0, 1), hu)
-    first = np.flatnonzero(airway.any((1, 2)))[0] + 2
-    seen = np.argwhere(airway[first]).mean(0).astype(int)
-    hu = np.where((z < z.ravel()[first]) & (np.hypot(x - x.ravel()[seen[1]], y - y.ravel()[seen[0]]) < 8), -1000, hu)
-    for points, radii, wall, cortical, marrow in _LONG_BONES[posture]:
-        d = np.minimum.reduce([cone((z, y, np.abs(x + 2)), a, b, ra, rb) for a, b, ra, rb in zip(points, points[1:], radii, radii[1:])])
-        if marrow < 200: humerus = d < 2
-        hu = np.where(d < 0, np.maximum(np.where(d < -wall, marrow, cortical), hu), hu)
-    return hu.astype(np.float32), humerus
+def _tissue(flesh): return np.where(flesh < -9, np.float32(10), np.float32(-95))     # muscle under fat, HU
 
-# %% ../../nbs/13_body.ipynb #5ff2217f
+def _bones(hu, p, airway, top, posture):
+    "Puts in the spine and the airway above the CT, humeri and clavicles; and tells where the humeri are."
+    first = np.flatnonzero(airway.any((1, 2)))[0] + 2
+    ends, (_, y, x) = p[0].ravel()[first], p
+    yt, xt = (g.ravel()[k] for g, k in zip((y, x), np.argwhere(airway[first]).mean(0).astype(int)))
+    r, humerus = np.sqrt(x**2 + ((y + 32)/.9)**2), np.zeros(hu.shape, bool)
+    for s in (slice(i, i + 32) for i in range(0, len(hu), 32)):     # by slabs, for the sake of memory
+        z, h = p[0][s], hu[s]
+        h[:] = np.where((z < top + 6) & (r < 12) & (h > -500), 60 + np.clip(12 - r, 0, 3)*60*np.clip(.8 - 1.2*np.cos(2*np.pi*z/18), 0, 1), h)
+        h[(z < ends) & (np.hypot(x - xt, y - yt) < 8)] = -1000
+        for points, radii, wall, cortical, marrow in _LONG_BONES[posture]:
+            d = np.minimum.reduce([cone((z, y, np.abs(x + 2)), a, b, ra, rb) for a, b, ra, rb in zip(points, points[1:], radii, radii[1:])])
+            if marrow < 200: humerus[s] = d < 2
+            h[:] = np.where(d < 0, np.maximum(np.where(d < -wall, marrow, cortical), h), h)
+    return humerus
+
+# %% ../../nbs/13_body.ipynb #00b63982
 def extend(hu: np.ndarray, mask: np.ndarray, p: list[np.ndarray], top: float) -> tuple[np.ndarray, np.ndarray]:
     "The CT with its raised arms and its neck continued above `top` (mm), and where the new bones are. `p`: position of the voxels, mm."
     z, y, x = p; above, edge, airway = (z < top).sum(), x[0, 0, 1] - x[0, 0, 0], mask == 16
     flesh, _ = _flesh(p, "raised", hu.shape)
-    cones = np.clip(.5 - flesh/4, 0, 1)*(np.where(flesh < -9, 10, -95).astype(np.float32) + 1000) - 1000
+    cones = np.clip(.5 - flesh/4, 0, 1)*(_tissue(flesh) + 1000) - 1000
     hu = np.where((z < -105) & (y > 68 + .6*(z - top)), -1000, hu); hu[:above] = hu[above]        # without the chin
     near = slice(0, above + round(25/edge)); w = np.clip((top + 20 - z[near])/20, 0, 1)           # soft edges from there upwards
     hu[near] += w*(ndimage.gaussian_filter(hu[near], 4/edge) - hu[near])
-    hu = hu + np.clip((top - z)/30, 0, 1)*(cones - hu)
+    hu += np.clip((top - z)/30, 0, 1)*(cones - hu)
     empty = (hu < -200) & ~ndimage.binary_dilation((mask >= 10) & (mask <= 14), iterations=2) & ~airway & (z < -60) & (np.abs(x) > 90)
-    return _bones(np.where(empty, np.maximum(hu, cones), hu), p, airway, top, "raised")
+    np.maximum(hu, cones, out=hu, where=empty)
+    return hu, _bones(hu, p, airway, top, "raised")
 
 # %% ../../nbs/13_body.ipynb #cd92737d
 def stretch(a: np.ndarray, shape, box: tuple[slice, ...] = (slice(None),)*3) -> np.ndarray:  # float32 of `shape`, or the part of it in `box`
@@ -194,7 +198,7 @@ def stretch(a: np.ndarray, shape, box: tuple[slice, ...] = (slice(None),)*3) -> 
         a = low + (a.take(i + 1, axis) - low)*f.astype(np.float32)
     return a
 
-# %% ../../nbs/13_body.ipynb #2be0ab7a
+# %% ../../nbs/13_body.ipynb #a1dff179
 def _assemble(block: int, posture: str) -> Body:
     "Heals the CT, averages it over `block` x `block` voxels of a slice, makes the voxels cubes, and gives it a posture."
     hu, mask, mm = read_ct(); heal(hu, mask, mm)
@@ -214,7 +218,7 @@ def _assemble(block: int, posture: str) -> Body:
     hu, arm = {"hanging": hang, "raised": extend}[posture](hu, mask, p, (pad[0][0] - centre[0])*edge)
     table = np.zeros(256, np.uint8); table[list(_STRUCTURES)] = list(_STRUCTURES.values())
     mu = WATER*(1 + hu/1000 + .7*np.clip(hu - 130, 0, None)/1000).clip(0)                 # calcium gains at radiographic energies
-    return Body(mu.astype(np.float32), np.where(arm, np.uint8(ARM), table[mask]), np.full(3, edge), centre)
+    return Body(mu, np.where(arm, np.uint8(ARM), table[mask]), np.full(3, edge), centre)
 
 # %% ../../nbs/13_body.ipynb #2dd203f9
 @functools.lru_cache(maxsize=4)
