@@ -244,7 +244,7 @@ def code_version(module: str) -> str:  # name of a module of cxr_nb.data
     "Eight digits that change whenever a module does: sets and caches made by other code are not mistaken for its own."
     return sha256(importlib.util.find_spec(f"cxr_nb.data.{module}").origin)[:8]
 
-# %% ../../nbs/13_body.ipynb #809bf647
+# %% ../../nbs/13_body.ipynb #99b4df3b
 @dataclass(frozen=True)
 class Patient:
     "What stays the same in all images of a patient."
@@ -255,6 +255,7 @@ class Patient:
     heart: float          # size of the heart relative to the CT, before any finding
     diaphragm: np.ndarray # shift of its right and left half, mm, upwards
     breast: float         # radius, mm; 0: none
+    fat: float            # soft tissue outside the ribs beyond that of the CT, mm
     bone: float           # calcium of the bones relative to the CT
     aorta: float          # how far its arch has moved to the left, mm
     calcium: float        # of the wall of the arch, 0 ... 1
@@ -271,7 +272,7 @@ class Pose:
 SOURCE = {"PA": 1650., "AP": 900., "LATERAL": 1620.}  # from the tube to the middle of the chest, mm
 VIEWS = {"PA": .6, "AP": .4}                          # NIH ChestX-ray14: PA 67,310 and AP 44,810, no lateral images
 
-# %% ../../nbs/13_body.ipynb #b7e7921b
+# %% ../../nbs/13_body.ipynb #43368c08
 def draw_patient(r: np.random.Generator) -> Patient:
     "A random patient."
     sex, age, habitus = str(r.choice(["F", "M"])), float(np.clip(np.round(r.normal(52, 17)), 18, 95)), float(r.normal(0, 1))
@@ -279,8 +280,9 @@ def draw_patient(r: np.random.Generator) -> Patient:
     base = np.array([.98, .95, .95] if woman else [1.03, 1.02, 1.])*np.exp(np.array([0, .05, .03])*np.clip(habitus, -2, 2))
     old = np.clip((age - 45)/40, 0, 1)
     breast = float(np.clip(52 + 9*habitus + r.normal(0, 6), 35, 75)) if woman else float(np.clip(18*habitus - 8, 0, 30)) if habitus > 1 else 0.
+    fat = float(np.clip(12 + 14*habitus + r.normal(0, 6), 0, 50))
     return Patient(sex, age, base*np.exp(r.normal(0, .03, 3)).clip(.92, 1.08), r.normal(0, 5, (3, 4, 4, 4)).clip(-10, 10).astype(np.float32), float(np.clip(r.normal(0, .05), -.12, .12)),
-                   float(r.uniform(.76, .9)), r.normal([-14, -19], 7).clip(-30, 6), breast, float((1.1 - (.45 if woman else .3)*old)*np.exp(r.normal(0, .08))),
+                   float(r.uniform(.76, .9)), r.normal([-14, -19], 7).clip(-30, 6), breast, fat, float((1.1 - (.45 if woman else .3)*old)*np.exp(r.normal(0, .08))),
                    float(14*old*r.random()), float(old*r.random()*(r.random() < .6)))
 
 
@@ -298,7 +300,7 @@ def draw_pose(
     return Pose(view, turn, r.normal([-14, 0], [9, 6]), float(FOV*(.93 if view == "LATERAL" else 1)*np.mean(patient.scale[[0, 2]])**.8*r.uniform(.88, 1.06)),
                 float(np.clip(r.normal(12 if view == "AP" else 0, 5), -10, 24)))
 
-# %% ../../nbs/13_body.ipynb #2f2542f8
+# %% ../../nbs/13_body.ipynb #5c1794e8
 def warp_coordinates(
     ct: Body,          # the upright body
     patient: Patient,
@@ -307,7 +309,7 @@ def warp_coordinates(
 ) -> tuple[np.ndarray, np.ndarray]:  # index in the CT of each voxel, float32 [3 z y x]; size of a voxel, mm [3]
     "Where each voxel of the posed body comes from."
     side = pose.view == "LATERAL"
-    extent = np.array([pose.fov, pose.fov, 340.] if side else [pose.fov, 310., pose.fov])
+    extent = np.array([pose.fov, pose.fov, 340.] if side else [pose.fov, 310 + patient.fat, pose.fov])
     shape = np.where(np.array([0, 0, 1] if side else [0, 1, 0]), np.clip(size//2, 48, 90), size)
     nodes = np.ceil(extent/14).astype(int)
     p = np.stack(np.meshgrid(*[np.linspace(-e/2 + e/s/2, e/2 - e/s/2, k) for e, s, k in zip(extent, shape, nodes)], indexing="ij"))
@@ -318,7 +320,7 @@ def warp_coordinates(
     p = deform(ct, patient, pose.breath, p/patient.scale.reshape(3, 1, 1, 1))
     return np.stack([stretch((q/m + c).astype(np.float32), shape) for q, m, c in zip(p, ct.mm, ct.centre)]), extent/shape
 
-# %% ../../nbs/13_body.ipynb #55f08ff5
+# %% ../../nbs/13_body.ipynb #ddafb8ac
 def deform(ct: Body, patient: Patient, breath: float, p: np.ndarray) -> list[np.ndarray]:  # mm [3 z y x], both
     "The patient's own shape: pull-back from positions in his or her body to positions in the CT."
     nodes, (heart, arch) = p.shape[1:], ct.landmarks
@@ -327,6 +329,9 @@ def deform(ct: Body, patient: Patient, breath: float, p: np.ndarray) -> list[np.
     random = [ndimage.zoom(f, np.array(nodes)/4, order=3) for f in patient.field]
     z, y, x = (q + d for q, d in zip(p, random))
     z = z + up - patient.slope*y
+    ribs = np.hypot(x/135, (y + 15)/100)    # 1 at the ribs, more outside
+    thin = patient.fat/135*(1 - np.exp(-np.clip(ribs - 1, 0, None)/.45))/np.maximum(ribs, 1)
+    x, y = x - x*thin, y - (y + 15)*thin
     x = x - patient.aorta*np.exp(-((x - arch[2] - 12)/24)**2 - ((z - arch[0] - 25)/50)**2 - ((y - arch[1])/45)**2)
     return swell([z, y, x], heart, patient.heart)
 
@@ -383,7 +388,7 @@ def attenuation(body: Body, pose: Pose) -> np.ndarray:
     a, b = (np.linspace(-pose.fov/2, pose.fov/2, n) for n in s.shape)
     return s*np.sqrt(1 + (a[:, None]**2 + b**2)/SOURCE[pose.view]**2)
 
-# %% ../../nbs/13_body.ipynb #faf7a819
+# %% ../../nbs/13_body.ipynb #bce9f4c4
 @dataclass(frozen=True)
 class Film:
     "How one image was exposed and processed, and what else is on it."
@@ -391,8 +396,10 @@ class Film:
     scatter: float  # scattered photons, as a share of the primary ones around
     blur: float     # standard deviation of the unsharpness, mm
     detail: tuple[float, float]  # how much the processing raises contrast below about 8 mm and below about 2 mm
-    low: float; high: float      # grey of the clearest lung and of the densest part of the chest, 0 black, 1 white
-    gamma: float    # exponent of the tone curve
+    fog: float      # grey of the unweakened beam, 0 black, 1 white
+    low: float      # where the clearest lung lies on the tone curve: 0 at its foot, 1 at its top
+    high: float     # grey at its top
+    shoulder: float # exponent with which it flattens towards the top; 1: a straight line
     border: tuple[float, ...]    # collimated share at the top, bottom, left and right
     outside: float  # grey beyond the collimator
     letter: tuple[float, float, float] | None   # where the L stands (down, across, as a share) and its height
@@ -405,9 +412,9 @@ def draw_film(r: np.random.Generator, view: str) -> Film:
     border = tuple(float(b) for b in np.where(r.random(4) < .25, r.uniform(0, .06, 4), 0))
     letter = (float(r.uniform(.05, .16)), float(r.uniform(.84, .94)), float(r.uniform(.03, .055))) if r.random() < .75 else None
     wires = tuple(_wire(r, k) for k in ("electrode",)*3 + ("tube",)*2 if r.random() < (.35 if view == "AP" else .06))
-    low, high, gamma = float(r.uniform(.1, .32)), float(r.uniform(.8, 1.)), float(r.uniform(.75, 1.25))
-    if view == "LATERAL": low, high, detail = low - .1, high + .02, (detail[0] + .8, detail[1])
-    return Film(photons, scatter, blur, detail, low, high, gamma, border, float(r.choice([.02, .95])), letter, wires)
+    fog, low, high, shoulder = (float(r.uniform(*bounds)) for bounds in ((0, .09), (.14, .4), (.8, .97), (1.2, 2.4)))
+    if view == "LATERAL": low, detail = low - .12, (detail[0] + .8, detail[1])
+    return Film(photons, scatter, blur, detail, fog, low, high, shoulder, border, float(r.choice([.02, .95])), letter, wires)
 
 def _wire(r, kind):
     if kind == "tube":  # from the neck down
@@ -431,7 +438,7 @@ def devices(film: Film, size: int, mm: float) -> np.ndarray:  # float64 [size si
 
 
 
-# %% ../../nbs/13_body.ipynb #17e33129
+# %% ../../nbs/13_body.ipynb #9463682c
 def detect(
     line: np.ndarray,        # line integrals, [h w]
     film: Film,
@@ -442,13 +449,14 @@ def detect(
     soft = lambda a, sigma: ndimage.gaussian_filter(a, sigma/mm, mode="nearest", truncate=3)
     primary = soft(np.exp(-line), film.blur)
     photons = film.photons*mm**2
-    count = r.poisson(photons*(primary + film.scatter*soft(primary, 40))) + .5
+    count = photons*(primary + film.scatter*soft(primary, 40))
+    count = np.maximum(count + np.sqrt(count)*r.normal(size=count.shape), 0) + .5
     seen = -np.log(count/photons)
     return seen + film.detail[0]*(seen - soft(seen, 8)) + film.detail[1]*(seen - soft(seen, 2))
 
 
 
-# %% ../../nbs/13_body.ipynb #337971cb
+# %% ../../nbs/13_body.ipynb #7c3c3c6d
 def expose(
     line: np.ndarray,                  # line integrals, [size size]
     film: Film,
@@ -462,7 +470,8 @@ def expose(
     size = len(line)
     seen = detect(line + devices(film, size, mm) if film.wires else line, film, r, mm)
     lo, hi = chest_window(seen) if window is None else window
-    grey = np.clip(film.low + (film.high - film.low)*(seen - lo)/(hi - lo), 0, 1)**film.gamma
+    exposed = np.clip(film.low + (.95 - film.low)*(seen - lo)/(hi - lo), 0, 1)
+    grey = film.fog + (film.high - film.fog)*(1 - (1 - exposed)**film.shoulder)
     if film.letter: _print(grey, film.letter)
     a, b, c, d = (round(s*size) for s in film.border)
     inside = np.zeros((size, size), bool); inside[a:size - b, c:size - d] = True

@@ -114,7 +114,7 @@ def cardiomegaly(body, r, side, site, extent, severity):
     label[box][share > .5] = HEART
     return replace(body, mu=new, label=label), (label == HEART) & (severity > 0)
 
-# %% ../../nbs/14_findings.ipynb #3fe11385
+# %% ../../nbs/14_findings.ipynb #d73ea78c
 def pneumothorax(body, r, side, site, extent, severity):
     "Air between lung and chest wall, a fine pleural line, no vessels beyond it. Site `apical`: down to a height that `extent` gives; `complete`: all around."
     lung, mask = body.lung(side), np.zeros(body.mu.shape, bool)
@@ -127,8 +127,9 @@ def pneumothorax(body, r, side, site, extent, severity):
     deep = ndimage.distance_transform_edt(inside, sampling=body.mm) - ndimage.distance_transform_edt(~inside, sampling=body.mm)
     deep = ndimage.map_coordinates(deep.astype(np.float32), at, order=1, mode="nearest", prefilter=False)   # mm under the surface of the collapsed lung
     gap = np.clip(np.sqrt((((at - g)*mm)**2).sum(0))/4, 0, 1)
-    air = inside*np.clip(-deep/body.mm.max(), 0, 1)*gap
-    line = inside*gap*np.exp(-(deep/max(1., body.mm[2]/2))**2)*WATER*min(.6, 1/body.mm[2])
+    step = np.sqrt((np.stack(np.gradient(deep))**2).sum(0)).clip(1., body.mm.max())   # how far that distance changes from voxel to voxel, mm
+    air = inside*np.clip(-deep/step, 0, 1)*gap
+    line = inside*gap*np.exp(-(deep/step)**2)*WATER*.8/step
     moved = ndimage.map_coordinates(body.mu[box], at, order=1, mode="nearest", prefilter=False)/shrink**1.5
     mu, label = body.mu.copy(), body.label.copy()
     mu[box] = np.where(inside, (moved + gap*(np.minimum(moved, .5*WATER) - moved))*(1 - air) + line, mu[box])

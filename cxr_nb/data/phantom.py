@@ -48,7 +48,7 @@ def combinations(
         if np.abs(w @ which/w.sum() - rate).max() < 1e-4: return which[w > 0], w[w > 0]/w.sum()
     raise ValueError(f"the table has no combinations of findings with the rates {prevalence}: give lower ones, another table, or together=\"independent\"")
 
-# %% ../../nbs/15_phantom.ipynb #7bd5058f
+# %% ../../nbs/15_phantom.ipynb #2a9c93ac
 PERSISTENCE = .7  # probability that an image shows the findings that its patient usually has
 
 def draw_findings(
@@ -68,7 +68,7 @@ def _form(seed, p, i, name):
     own, now, places = rng(seed, "patient", p, name), rng(seed, "image", i, name), FINDINGS[name].places
     side = list(places)[own.integers(len(places))]
     site, extent, severity = places[side][own.integers(len(places[side]))], own.random(), own.uniform(.15, 1) + now.normal(0, .12)
-    return dict(side=side, site=site, extent=float(extent), severity=float(np.clip(severity, .1, 1)))
+    return dict(side=side, site=site, extent=float(extent), severity=round(float(np.clip(severity, .1, 1)), 3))
 
 # %% ../../nbs/15_phantom.ipynb #b45068d0
 def level(severity: float) -> str:  # mild | moderate | severe
@@ -126,7 +126,7 @@ def box(mask: np.ndarray) -> tuple[float, float, float, float]:  # x0 y0 x1 y1, 
 
 
 
-# %% ../../nbs/15_phantom.ipynb #4f1b1cca
+# %% ../../nbs/15_phantom.ipynb #4e998e2f
 def insert(
     body: Body,                  # a healthy one
     found: dict[str, dict],      # finding -> side, site, extent, severity
@@ -139,7 +139,7 @@ def insert(
         body, mask = FINDINGS[name].make(body, rng(seed, "patient", p, name, "form"), **f)
         flat, after = project(mask, body, FINDINGS[name].share), attenuation(body, pose)
         contrast = np.quantile(np.abs(after - line)[flat > 0], .9)/spread if flat.any() else 0.
-        truths.append((dict(kind="finding", finding=name, side=f["side"], site=f["site"], severity=round(f["severity"], 3),
+        truths.append((dict(kind="finding", finding=name, side=f["side"], site=f["site"], severity=f["severity"],
                             volume=round(float(mask.sum()*np.prod(body.mm)/1000), 1), contrast=round(float(contrast), 3)), flat))
         line = after
     return body, truths

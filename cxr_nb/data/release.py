@@ -109,7 +109,7 @@ def write_release(
         finally: shutil.rmtree(new, ignore_errors=True)
     return Release(manifest, annotations, path, name)
 
-# %% ../../nbs/17_release.ipynb #de1110a7
+# %% ../../nbs/17_release.ipynb #82ec1bff
 def _simulate_all(root, made_by, save, levels, workers):  # manifest, annotations, mm of a pixel [n]
     drawn, (n, size, seed, views) = combinations(made_by["prevalence"], made_by["together"]), (made_by[k] for k in ("n", "size", "seed", "views"))
     ct = load_ct(min(size, FINEST)); ct.landmarks, ct.chest   # before the threads ask for them
@@ -121,8 +121,7 @@ def _simulate_all(root, made_by, save, levels, workers):  # manifest, annotation
         stem = Path(row["path"]).stem
         with atomic(root/"masks"/f"{stem}.npz") as tmp: np.savez_compressed(tmp, masks=masks)
         notes = [a | dict(image_id=row["image_id"]) for a in notes]
-        exact = draw_findings(seed, p, i, drawn, made_by["severity"])
-        said = structured(row, [a | dict(mask=m, severity=exact.get(a["finding"], {}).get("severity")) for m, a in enumerate(notes)])
+        said = structured(row, [a | dict(mask=m) for m, a in enumerate(notes)])
         report = json.dumps(dict(said, path=row["path"], masks=f"masks/{stem}.npz", text=row["text"]), allow_nan=False)
         return row, notes, shot.spacing, report
     with ThreadPoolExecutor(workers) as pool:
