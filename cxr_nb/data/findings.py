@@ -114,7 +114,7 @@ def cardiomegaly(body, r, side, site, extent, severity):
     label[box][share > .5] = HEART
     return replace(body, mu=new, label=label), (label == HEART) & (severity > 0)
 
-# %% ../../nbs/14_findings.ipynb #d73ea78c
+# %% ../../nbs/14_findings.ipynb #eda1ac40
 def pneumothorax(body, r, side, site, extent, severity):
     "Air between lung and chest wall, a fine pleural line, no vessels beyond it. Site `apical`: down to a height that `extent` gives; `complete`: all around."
     lung, mask = body.lung(side), np.zeros(body.mu.shape, bool)
@@ -132,17 +132,18 @@ def pneumothorax(body, r, side, site, extent, severity):
     line = inside*gap*np.exp(-(deep/step)**2)*WATER*.8/step
     moved = ndimage.map_coordinates(body.mu[box], at, order=1, mode="nearest", prefilter=False)/shrink**1.5
     mu, label = body.mu.copy(), body.label.copy()
-    mu[box] = np.where(inside, (moved + gap*(np.minimum(moved, .5*WATER) - moved))*(1 - air) + line, mu[box])
+    wall = np.clip(mu[box]/WATER - .3, 0, .7)/.7*(inside & ~ndimage.binary_erosion(inside))   # voxels that the chest wall shares
+    mu[box] = np.where(inside, (1 - wall)*((moved + gap*(np.minimum(moved, .5*WATER) - moved))*(1 - air) + line) + wall*mu[box], mu[box])
     mask[box] = air > .5; label[mask] = PLEURA[side]
     return replace(body, mu=mu.astype(np.float32), label=label), mask
 
-# %% ../../nbs/14_findings.ipynb #d181b498
+# %% ../../nbs/14_findings.ipynb #87ea5db0
 def effusion(body, r, side, site, extent, severity):
     "Fluid at the base; its level rises with the severity, its meniscus climbs the chest wall with the extent."
     space = body.thorax(side); box = box_of(space); inside = space[box]
-    z, x = np.arange(inside.shape[0])[:, None, None], np.arange(inside.shape[2])
-    edge = np.where(inside, x, -1).max(2, keepdims=True) if side == "left" else np.where(inside, x, 10**6).min(2, keepdims=True)
-    climb = (25 + 30*extent)*np.exp(-np.abs(x - edge)*body.mm[2]/15)/body.mm[0]
+    z, x = np.arange(inside.shape[0])[:, None, None], np.arange(inside.shape[2])/inside.shape[2]
+    depth = stretch(ndimage.distance_transform_edt(inside[::2, ::2, ::2], sampling=2*body.mm).astype(np.float32), inside.shape)   # mm from the wall
+    climb = (30 + 40*extent)*np.exp(-depth/14)*(.4 + .6*(x if side == "left" else 1 - x))/body.mm[0]
     level = inside.shape[0]*(1 - min(1, 6*severity)*(.12 + .48*severity))
     weight = inside*np.clip(z - level + climb*min(1, 3*severity) + .5, 0, 1)
     after, mask = fill(body, box, weight)
@@ -160,10 +161,10 @@ def pleural_thickening(body, r, side, site, extent, severity):
     weight = inside*np.clip(.5 + (thick - depth)/max(2., body.mm[2]), 0, 1)*where*min(1, 10*severity)
     return fill(body, box, weight, .95)
 
-# %% ../../nbs/14_findings.ipynb #1149ada7
+# %% ../../nbs/14_findings.ipynb #10eda191
 def diameter(name: str, severity: float) -> float:  # mm
     "What severity means for a `Nodule` or a `Mass`."
-    lo, hi = {"Nodule": (10, 28), "Mass": (34, 74)}[name]
+    lo, hi = {"Nodule": (12, 30), "Mass": (34, 74)}[name]
     return lo + (hi - lo)*severity
 
 def near(body: Body, p: np.ndarray, reach: float) -> tuple[slice, ...]:  # reach: mm
@@ -177,7 +178,7 @@ def _ball(body, r, side, site, radius, severity):
     return fill(body, box, weight*min(1, 10*severity))
 
 def nodule(body, r, side, site, extent, severity):
-    "A round opacity of 10 to 28 mm."
+    "A round opacity of 12 to 30 mm."
     return _ball(body, r, side, site, diameter("Nodule", severity)/2, severity)
 
 def mass(body, r, side, site, extent, severity):
@@ -230,7 +231,7 @@ def infiltration(body, r, side, site, extent, severity):
     box, weight = _patch(body, r, body.lung(side), place(zone(body, side, site), r), 55 + 35*extent, 45, .3, min(1, 5*severity)*(.14 + .36*severity), 30)
     return fill(body, box, weight*np.clip(1 + .8*texture(body, r, 9, box), 0, 2.5), 1., .15)
 
-# %% ../../nbs/14_findings.ipynb #d4ed130a
+# %% ../../nbs/14_findings.ipynb #173e346c
 def edema(body, r, side, site, extent, severity):
     "Fluid in both lungs. Site `perihilar`: the bat's wing, further out with the extent; `interstitial`: septa and bronchial walls, densest at the bases."
     lung = body.lung(); box = box_of(lung); weight = np.zeros(lung[box].shape, np.float32)
@@ -250,7 +251,7 @@ def fibrosis(body, r, side, site, extent, severity):
     depth = stretch(depth, inside.shape)
     down = np.linspace(0, 1, inside.shape[0], dtype=np.float32)[:, None, None]
     net = np.clip(1 - 2.2*np.abs(texture(body, r, 9, box)), 0, 1) + .7*np.clip(1 - 2.2*np.abs(texture(body, r, 14, box)), 0, 1)
-    weight = inside*net*np.exp(-depth/(12 + 14*extent))*np.clip((down - .45 + .3*extent)/.25, 0, 1)*min(1, 5*severity)*(.3 + .9*severity)
+    weight = inside*net*np.exp(-depth/(12 + 14*extent))*np.clip((down - .45 + .3*extent)/.25, 0, 1)*min(1, 5*severity)*(.15 + .85*severity)
     return fill(body, box, weight, 1., .2)
 
 # %% ../../nbs/14_findings.ipynb #38eb32c0

@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['dose_sets', 'pixel_scores']
 
-# %% ../../nbs/55_dose.ipynb #d0876a48
+# %% ../../nbs/55_dose.ipynb #d1e49c02
 from pathlib import Path
 
 import cv2
 import numpy as np
-import pandas as pd
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
