@@ -11,6 +11,8 @@ from cxr_nb.core import check_parameters, read_parameters, repo_root
 # What a stage takes from earlier ones: {stage: {parameter: path in the folder of runs}}. A notebook with a parameter `dataset` gets the set of radiographs without a row here.
 TAKES = {
     "50_augment": {"synthetic": "31_vae/set"},
+    "55_dose": {"phantom": "15_phantom/set"},
+    "56_transfer": {"phantom": "15_phantom/set"},
     "90_report": {"runs": ""},  # all others
 }
 
@@ -49,7 +51,8 @@ def plan(
 
     have = {s: read_parameters(p) for s, p in notebooks.items()}
     data = "12_images/set" if source else "15_phantom/set"
-    takes = {s: ({"dataset": data} if "dataset" in have[s] else {}) | TAKES.get(s, {}) for s in notebooks}
+    real = {"56_transfer": {"real": data}} if source else {}
+    takes = {s: ({"dataset": data} if "dataset" in have[s] else {}) | TAKES.get(s, {}) | real.get(s, {}) for s in notebooks}
     before = {s: {path.split("/")[0] for path in takes[s].values()} - {""} for s in notebooks}
     def with_needs(s): return {s}.union(*map(with_needs, before[s]))
     stages: dict[str, Stage] = {}

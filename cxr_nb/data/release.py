@@ -6,7 +6,7 @@
 __all__ = ['VISIBLE', 'DETECTOR', 'NIH_BOXED', 'DATES', 'LEVELS', 'structured', 'magnification', 'Shot', 'write_release',
            'write_nih', 'study_date', 'dicom', 'write_dicom']
 
-# %% ../../nbs/17_release.ipynb #ec4f940b
+# %% ../../nbs/17_release.ipynb #be28a0ab
 import errno, functools, hashlib, json, os, shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from ..core import atomic, rng, write_json
 from .body import SOURCE, Pose, draw_patient, draw_pose, load_ct
 from .findings import FINDINGS, diameter
-from .phantom import _NOT_LUNG, FINEST, combinations, draw_findings, level, phantom_settings, schedule, simulate
+from .phantom import _NOT_LUNG, FINEST, combinations, level, phantom_settings, schedule, simulate
 from .sources import BOX, Release, as_annotations, as_manifest, split_by_patient, validate
 
 # %% ../../nbs/17_release.ipynb #3221f00a
