@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['wheel_weights', 'load_weights', 'small_network', 'Classifier', 'masked_bce', 'Jittered', 'predict', 'cell_losses',
-           'evaluation_loss', 'fit_classifier', 'fit_classifier_on']
+           'evaluation_loss', 'rise_and_fall', 'fit_classifier', 'fit_classifier_on']
 
-# %% ../../nbs/20_classifier.ipynb #562a78a4
-import importlib.util
+# %% ../../nbs/20_classifier.ipynb #32d86895
+import importlib.util, math
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 import pandas as pd
@@ -141,7 +142,16 @@ def evaluation_loss(model: Classifier, data: RadiographSet, rows: np.ndarray) ->
     loss, cells = cell_losses(model, data, rows)
     return float(loss.sum()/cells.sum())
 
-# %% ../../nbs/20_classifier.ipynb #7127a211
+# %% ../../nbs/20_classifier.ipynb #6633d579
+def rise_and_fall(steps: int, warm: float = .3) -> Callable[[int], float]:  # factor on the learning rate at a step
+    "One cycle of the learning rate (Smith 2018): from 1/25 up to 1 in the share `warm` of the steps, and down to 0, both along a cosine."
+    def factor(step):
+        t = step/steps
+        low, u = (1/25, t/warm) if t < warm else (0., 1 - (t - warm)/(1 - warm))
+        return low + (1 - low)*(1 - math.cos(math.pi*u))/2
+    return factor
+
+# %% ../../nbs/20_classifier.ipynb #814d1c44
 def fit_classifier(
     train: Dataset,            # batches with "image" and "findings"; `train.findings` names the columns
     data: RadiographSet,       # the set that holds the validation images
@@ -155,14 +165,16 @@ def fit_classifier(
     lr: float,                 # of Adam, 1e-4 in robust-cxr
     seed: int,                 # of weights, batches and dropout
     steps_per_epoch: int = 0,  # 0: one pass over `train`
+    one_cycle: bool = False,   # the rate rises and falls once (`rise_and_fall`) in place of the plateau rule
     **options,                 # passed to `fit`: precision, checkpoint_every ...
 ) -> tuple[Classifier, pd.DataFrame]:  # the model after the last step, and epoch, train, validation, lr
     "Trains a classifier with the recipe of robust-cxr (section 2.2)."
     every = steps_per_epoch or max(1, len(train)//batch_size)
     model = Classifier(architecture, train.findings, weights, seed)
-    watch = [Validate(lambda m: {"validation": evaluation_loss(m, data, val)}), Plateau("validation", patience=2, factor=.1)]
+    watch = [Validate(lambda m: {"validation": evaluation_loss(m, data, val)}), *([] if one_cycle else [Plateau("validation", patience=2, factor=.1)])]
+    if one_cycle: options["schedule"] = rise_and_fall(epochs*every)
     history = fit(model, train, out=Path(out), steps=epochs*every, batch_size=batch_size, seed=seed, optimizers=lr, epoch_steps=every,
-                  config=dict(architecture=architecture, weights=weights, findings=train.findings, validation=data.sha256), callbacks=watch, **options)
+                  config=dict(architecture=architecture, weights=weights, findings=train.findings, validation=data.sha256, one_cycle=one_cycle), callbacks=watch, **options)
     log = history.log.groupby("epoch", as_index=False).agg(train=("bce", "mean"), validation=("validation", "last"), lr=("lr", "last"))
     return history.model, log.assign(epoch=log.epoch + 1)
 
