@@ -287,7 +287,7 @@ def _lobar(body, r, side, site, extent, severity):
     weight = inside*np.clip((.35 + .35*severity - wedge)/.08, 0, 1)*min(1, 6*severity)*(.35 + .55*severity)
     return fill(raised, box, weight, 1., .3)
 
-# %% ../../nbs/14_findings.ipynb #2e33a82b
+# %% ../../nbs/14_findings.ipynb #231f3df4
 @dataclass(frozen=True)
 class Finding:
     "How a finding is made, and what can be said of it."
@@ -295,14 +295,15 @@ class Finding:
     places: dict             # side (None: both or neither) -> the sites it can have
     words: str               # what a report calls it; level, side, site and mm are filled in
     rate: float              # default prevalence
+    whole: Callable | None = None  # body -> mask, for a finding that is a whole organ: its mask is that of the organ when all findings are in
     share: float = 0.        # the projected mask keeps pixels where the finding takes at least this share of the depth of the pleural space
 
 def _both(*sites): return {s: sites for s in ("left", "right")}
 FINDINGS = {                 # in the order in which they are put in
-    "Emphysema": Finding(emphysema, {None: (None,)}, "{level} emphysema with hyperinflation", .07),
-    "Cardiomegaly": Finding(cardiomegaly, {None: (None,)}, "{level} cardiomegaly", .1),
+    "Emphysema": Finding(emphysema, {None: (None,)}, "{level} emphysema with hyperinflation", .07, Body.lung),
+    "Cardiomegaly": Finding(cardiomegaly, {None: (None,)}, "{level} cardiomegaly", .1, lambda body: body.label == HEART),
     "Atelectasis": Finding(atelectasis, _both("mid", "lower", "upper lobe", "lower lobe"), "{level} atelectasis in the {side} {site}", .1),
-    "Pneumothorax": Finding(pneumothorax, _both("apical", "complete"), "{level} {side} {site} pneumothorax", .08, .75),
+    "Pneumothorax": Finding(pneumothorax, _both("apical", "complete"), "{level} {side} {site} pneumothorax", .08, share=.75),
     "Fibrosis": Finding(fibrosis, {None: ("basal",)}, "{level} bibasal fibrosis", .07),
     "Edema": Finding(edema, {None: ("perihilar", "interstitial")}, "{level} {site} pulmonary edema", .08),
     "Infiltration": Finding(infiltration, _both("upper", "mid", "lower"), "{level} infiltration in the {side} {site} zone", .08),

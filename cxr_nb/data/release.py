@@ -6,7 +6,7 @@
 __all__ = ['VISIBLE', 'DETECTOR', 'NIH_BOXED', 'DATES', 'LEVELS', 'structured', 'magnification', 'Shot', 'write_release',
            'write_nih', 'study_date', 'dicom', 'write_dicom']
 
-# %% ../../nbs/17_release.ipynb #be28a0ab
+# %% ../../nbs/17_release.ipynb #5e1b2e32
 import errno, functools, hashlib, json, os, shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,10 +26,10 @@ from tqdm.auto import tqdm
 from ..core import atomic, rng, write_json
 from .body import SOURCE, Pose, draw_patient, draw_pose, load_ct
 from .findings import FINDINGS, diameter
-from .phantom import _NOT_LUNG, FINEST, combinations, level, phantom_settings, schedule, simulate
+from .phantom import NOT_LUNG, FINEST, combinations, level, phantom_settings, schedule, simulate
 from .sources import BOX, Release, as_annotations, as_manifest, split_by_patient, validate
 
-# %% ../../nbs/17_release.ipynb #3221f00a
+# %% ../../nbs/17_release.ipynb #aa64f076
 VISIBLE = .1  # least contrast of a finding that can be seen
 
 def structured(
@@ -43,7 +43,7 @@ def structured(
     if missing := [k for k in FINDINGS if row[k] == 1 and k not in said]:
         raise ValueError(f"{row['image_id']}: the image has {missing[0]}, but no annotation says where; give the annotations of the simulation")
     found = {k: _finding(k, said[k], visible) if row[k] == 1 else dict(present=False) for k in FINDINGS}
-    ill = [f["side"] for k, f in found.items() if f["present"] and k not in _NOT_LUNG]
+    ill = [f["side"] for k, f in found.items() if f["present"] and k not in NOT_LUNG]
     return dict(image_id=row["image_id"], patient_id=row["patient_id"], view=row["view"], findings=found,
                 heart=dict(size="enlarged" if found["Cardiomegaly"]["present"] else "normal", ratio=_ratio(said) if row["view"] != "LATERAL" else None),
                 clear={side: not any(s in (side, None) for s in ill) for side in ("left", "right")})

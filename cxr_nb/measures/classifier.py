@@ -93,7 +93,7 @@ def masked_bce(
     known = ~labels.isnan()
     return F.binary_cross_entropy_with_logits(logits, labels.nan_to_num(), weight=known.float(), reduction="sum")/known.sum().clamp(min=1)
 
-# %% ../../nbs/20_classifier.ipynb #5d61cd49
+# %% ../../nbs/20_classifier.ipynb #6d0166fc
 class Jittered(Dataset):
     "Training images turned, scaled, shifted, and made lighter or darker at random; the greatest change of each kind is given."
     def __init__(self,
@@ -103,7 +103,9 @@ class Jittered(Dataset):
         scale: float = .12,    # share of the size
         shift: float = .06,    # share of the width and of the height
         gamma: float = .35,    # logarithm of the exponent of the grey levels
-    ): self.data, self.seed, self.most, self.findings = data, seed, (turn, scale, shift, gamma), data.findings
+    ):
+        self.data, self.seed, self.most, self.findings = data, seed, (turn, scale, shift, gamma), data.findings
+        self.settings = dict(jitter=self.most, seed=seed)    # what a training that is taken up must share
 
     def __len__(self): return len(self.data)
 
@@ -151,7 +153,7 @@ def rise_and_fall(steps: int, warm: float = .3) -> Callable[[int], float]:  # fa
         return low + (1 - low)*(1 - math.cos(math.pi*u))/2
     return factor
 
-# %% ../../nbs/20_classifier.ipynb #814d1c44
+# %% ../../nbs/20_classifier.ipynb #7f6d5fa9
 def fit_classifier(
     train: Dataset,            # batches with "image" and "findings"; `train.findings` names the columns
     data: RadiographSet,       # the set that holds the validation images
@@ -174,7 +176,7 @@ def fit_classifier(
     watch = [Validate(lambda m: {"validation": evaluation_loss(m, data, val)}), *([] if one_cycle else [Plateau("validation", patience=2, factor=.1)])]
     if one_cycle: options["schedule"] = rise_and_fall(epochs*every)
     history = fit(model, train, out=Path(out), steps=epochs*every, batch_size=batch_size, seed=seed, optimizers=lr, epoch_steps=every,
-                  config=dict(architecture=architecture, weights=weights, findings=train.findings, validation=data.sha256, one_cycle=one_cycle), callbacks=watch, **options)
+                  config=dict(architecture=architecture, weights=weights, findings=train.findings, validation=data.sha256, one_cycle=one_cycle) | getattr(train, "settings", {}), callbacks=watch, **options)
     log = history.log.groupby("epoch", as_index=False).agg(train=("bce", "mean"), validation=("validation", "last"), lr=("lr", "last"))
     return history.model, log.assign(epoch=log.epoch + 1)
 

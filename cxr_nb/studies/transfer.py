@@ -63,10 +63,12 @@ def imagenet_features(images: np.ndarray) -> np.ndarray:  # uint8 [n s s]; float
         def one(x): return model.net.forward_features((torch.from_numpy(x)[:, None].float()/255 - model.mean)/model.std).mean((2, 3))
         return torch.cat([one(np.array(images[i:i + 64])) for i in range(0, len(images), 64)]).numpy()
 
-# %% ../../nbs/56_transfer.ipynb #0bdf957e
+# %% ../../nbs/56_transfer.ipynb #3613a31f
 class Restyled(Dataset):
     "Jittered images with a random tone curve, slow shading, blur or sharpening, and noise, each as strong as `strength` says."
-    def __init__(self, data: Jittered, seed: int, strength: float = 1.): self.data, self.seed, self.strength, self.findings = data, seed, strength, data.findings
+    def __init__(self, data: Jittered, seed: int, strength: float = 1.):
+        self.data, self.seed, self.strength, self.findings = data, seed, strength, data.findings
+        self.settings = data.settings | dict(style=strength)
 
     def __len__(self): return len(self.data)
 
@@ -80,16 +82,17 @@ class Restyled(Dataset):
         x = x + draw(-.5*k, .9*k)*(soft - x) + draw(0, .03*k)*torch.randn(x.shape, generator=g)
         return batch | {"image": (255*x.clamp(0, 1)).round().byte()}
 
-# %% ../../nbs/56_transfer.ipynb #71a556db
+# %% ../../nbs/56_transfer.ipynb #e0ea294b
 def matched_to(images: np.ndarray, reference: np.ndarray) -> np.ndarray:  # uint8 [n s s], uint8 [m s s]; uint8 [n s s]
     "Each image with the histogram that the reference images have together."
-    pool = np.sort(reference[:500].ravel())[::max(1, reference[:500].size//images[0].size)][:images[0].size]
-    return np.stack([match_histograms(i, pool.reshape(1, -1) if pool.size != i.size else pool.reshape(i.shape)).round().astype(np.uint8) for i in images])
+    pool = np.quantile(reference[:500], np.linspace(0, 1, images[0].size)).reshape(images[0].shape)
+    return np.stack([match_histograms(i, pool).round().astype(np.uint8) for i in images])
 
-# %% ../../nbs/56_transfer.ipynb #ec0e8f95
+# %% ../../nbs/56_transfer.ipynb #8fa7c4fb
 def strata(manifest: pd.DataFrame) -> np.ndarray:  # [n], one code for each combination
-    "View, sex, age band of twenty years, and whether the image is a first one."
-    return pd.factorize(manifest["view"].astype(str) + manifest["sex"].astype(str) + (manifest["age"]//20).astype(str) + (manifest["followup"] > 0).astype(str))[0]
+    "View, sex, age band of twenty years, and follow-up number: 0, 1 to 3, 4 to 10, or more."
+    later = pd.cut(manifest["followup"].astype(float), [-1, 0, 3, 10, np.inf], labels=False)
+    return pd.factorize(manifest["view"].astype(str) + manifest["sex"].astype(str) + (manifest["age"]//20).astype(str) + later.astype(str))[0]
 
 def matched_auroc(
     y: np.ndarray, score: np.ndarray,   # 0/1 and the higher the likelier, [n]
