@@ -82,10 +82,10 @@ class Restyled(Dataset):
         x = x + draw(-.5*k, .9*k)*(soft - x) + draw(0, .03*k)*torch.randn(x.shape, generator=g)
         return batch | {"image": (255*x.clamp(0, 1)).round().byte()}
 
-# %% ../../nbs/56_transfer.ipynb #e0ea294b
+# %% ../../nbs/56_transfer.ipynb #bc658079
 def matched_to(images: np.ndarray, reference: np.ndarray) -> np.ndarray:  # uint8 [n s s], uint8 [m s s]; uint8 [n s s]
     "Each image with the histogram that the reference images have together."
-    pool = np.quantile(reference[:500], np.linspace(0, 1, images[0].size)).reshape(images[0].shape)
+    pool = np.quantile(reference[:500], np.linspace(0, 1, images[0].size)).round().astype(np.uint8).reshape(images[0].shape)
     return np.stack([match_histograms(i, pool).round().astype(np.uint8) for i in images])
 
 # %% ../../nbs/56_transfer.ipynb #8fa7c4fb
