@@ -8,11 +8,9 @@ import yaml
 
 from cxr_nb.core import check_parameters, read_parameters, repo_root
 
-# What a stage takes from earlier ones: {stage: {parameter: path in the folder of runs}}. A notebook with a parameter `dataset` gets the set of radiographs without a row here.
+# What a stage takes from earlier ones: {stage: {parameter: path in the folder of runs}}. The parameters `dataset` (the set of radiographs), `phantom` (the simulated one) and `real` (that of a release) need no row here.
 TAKES = {
     "50_augment": {"synthetic": "31_vae/set"},
-    "55_dose": {"phantom": "15_phantom/set"},
-    "56_transfer": {"phantom": "15_phantom/set"},
     "90_report": {"runs": ""},  # all others
 }
 
@@ -51,8 +49,8 @@ def plan(
 
     have = {s: read_parameters(p) for s, p in notebooks.items()}
     data = "12_images/set" if source else "15_phantom/set"
-    real = {"56_transfer": {"real": data}} if source else {}
-    takes = {s: ({"dataset": data} if "dataset" in have[s] else {}) | TAKES.get(s, {}) | real.get(s, {}) for s in notebooks}
+    sets = {"dataset": data, "phantom": "15_phantom/set"} | ({"real": data} if source else {})
+    takes = {s: {k: path for k, path in sets.items() if k in have[s]} | TAKES.get(s, {}) for s in notebooks}
     before = {s: {path.split("/")[0] for path in takes[s].values()} - {""} for s in notebooks}
     def with_needs(s): return {s}.union(*map(with_needs, before[s]))
     stages: dict[str, Stage] = {}

@@ -53,6 +53,7 @@ def test_stages_take_the_phantom_or_the_release(tmp_path):
     assert plan("smoke", "r")["50_augment"].parameters == {"out": "r/50_augment", "dataset": "r/15_phantom/set", "synthetic": "r/31_vae/set"}
     real = plan("smoke", "r", "nih", str(tmp_path))
     assert real["31_vae"].parameters["dataset"] == "r/12_images/set" and real["31_vae"].needs == ["12_images"]
+    assert real["56_transfer"].parameters["real"] == "r/12_images/set" and real["56_transfer"].parameters["phantom"] == "r/15_phantom/set" and "real" not in plan("smoke", "r")["56_transfer"].parameters
     assert real["12_images"].parameters == {"out": "r/12_images", "source": "nih", "root": str(tmp_path)}
     assert list(plan(CHAIN, "r")) == ["15_phantom", "31_vae", "90_report"] and plan(CHAIN, "r")["90_report"].needs == ["15_phantom", "31_vae"]
 
