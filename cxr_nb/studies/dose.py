@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['dose_sets', 'pixel_scores']
 
-# %% ../../nbs/55_dose.ipynb #d1e49c02
+# %% ../../nbs/55_dose.ipynb #78d85232
 from pathlib import Path
 
 import cv2
@@ -15,18 +15,21 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from ..data.images import RadiographSet
-from ..data.phantom import phantom_set
+from ..data.phantom import open_dataset, phantom_set
 
-# %% ../../nbs/55_dose.ipynb #e885c3fb
+# %% ../../nbs/55_dose.ipynb #ad9e574a
 def dose_sets(
     folder: str | Path,        # sets that are there already, and fit, are opened
     severities: list[float],   # of every finding, 0 ... 1
     n: int, size: int,         # images of each set, and their edge, pixels
+    film: int,                 # edge at which they are simulated, before they are averaged down
     seed: int,                 # of patients, poses and findings: the same for every dose
     workers: int = 2,          # threads
+    **options,                 # of `make_phantom_set`
 ) -> dict[float, RadiographSet]:
     "The same simulated images with every finding at one severity."
-    return {s: phantom_set(Path(folder)/f"severity-{s:g}", n, size, workers, seed=seed, severity=s, fractions={"test": 1.}) for s in severities}
+    made = {s: phantom_set(Path(folder)/f"severity-{s:g}", n, film, workers, seed=seed, severity=s, fractions={"test": 1.}, **options) for s in severities}
+    return {s: open_dataset(str(d.path), size) for s, d in made.items()}
 
 # %% ../../nbs/55_dose.ipynb #8100d391
 def pixel_scores(
