@@ -36,7 +36,7 @@ _STRUCTURES = {10: 1, 11: 2, 12: 3, 13: 4, 14: 5, 51: HEART, 61: HEART, 52: AORT
 
 
 
-# %% ../../nbs/13_body.ipynb #b2357065
+# %% ../../nbs/13_body.ipynb #15b41fde
 @dataclass(frozen=True)
 class Volume:
     "Attenuation and labels on one grid, with the direction of the beam."
@@ -46,6 +46,7 @@ class Volume:
     centre: np.ndarray # index of the point that counts as the origin, [3]
     axis: int = 1      # the beam's: 1 (y) seen from the front, 2 (x) from the side
     raised: Callable[[], "Body"] | None = None  # gives the same chest with raised arms, for the view from the side
+    healthy: np.ndarray | None = None  # the labels before any finding, by which places are drawn; None: `label`
 
     def flat(self, volume: np.ndarray) -> np.ndarray:
         "Sum of a volume along the beam, as the picture hangs: from the side, the front of the body is at the left."

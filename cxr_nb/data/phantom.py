@@ -8,9 +8,10 @@ __all__ = ['PERSISTENCE', 'NOT_LUNG', 'PROMPTS', 'FINEST', 'nih_combinations', '
            'cardiothoracic_ratio', 'schedule', 'check_prevalence', 'make_phantom_set', 'phantom_settings',
            'phantom_set', 'open_dataset']
 
-# %% ../../nbs/15_phantom.ipynb #aeec6f6f
+# %% ../../nbs/15_phantom.ipynb #9584b341
 import functools, hashlib, inspect, json, os, shutil
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -127,7 +128,7 @@ def box(mask: np.ndarray) -> tuple[float, float, float, float]:  # x0 y0 x1 y1, 
 
 
 
-# %% ../../nbs/15_phantom.ipynb #60582720
+# %% ../../nbs/15_phantom.ipynb #73ab2f9a
 def insert(
     body: Body,                  # a healthy one
     found: dict[str, dict],      # finding -> side, site, extent, severity
@@ -135,19 +136,23 @@ def insert(
     pose: Pose,
 ) -> tuple[Body, list[tuple[dict, np.ndarray]]]:  # the ill body; (what is true of each finding, its projected mask)
     "Puts findings into a body, one after the other."
-    spread, truths, line = attenuation(body, pose)[project(body.lung(), body) > 0].std(), [], attenuation(body, pose)
-    for name, f in found.items():
-        body, mask = FINDINGS[name].make(body, rng(seed, "patient", p, name, "form"), **f)
-        flat, after = project(mask, body, FINDINGS[name].share), attenuation(body, pose)
-        contrast = np.quantile(np.abs(after - line)[flat > 0], .9)/spread if flat.any() else 0.
+    def put(into, name): return FINDINGS[name].make(into, rng(seed, "patient", p, name, "form"), **found[name])
+    body = healthy = replace(body, healthy=body.label)
+    lines, solid = [attenuation(body, pose)], []
+    spread, truths = lines[0][project(body.lung(), body) > 0].std(), []
+    for name in found:
+        body, mask = put(body, name)
+        lines.append(attenuation(body, pose)); solid.append(mask)
+    for k, (name, f) in enumerate(found.items()):
+        if (whole := FINDINGS[name].whole) and f["severity"] > 0: solid[k] = whole(body, f["side"])
+        after, before = lines[k + 1], lines[k]
+        if any((solid[k] & later).any() for later in solid[k + 1:]):
+            after, before = lines[-1], attenuation(functools.reduce(lambda b, other: put(b, other)[0], [other for other in found if other != name], healthy), pose)
+        flat = project(solid[k], body, FINDINGS[name].share)
+        contrast = np.quantile(np.abs(after - before)[flat > 0], .9)/spread if flat.any() else 0.
         truths.append((dict(kind="finding", finding=name, side=f["side"], site=f["site"], severity=f["severity"],
-                            volume=round(float(mask.sum()*np.prod(body.mm)/1000), 1), contrast=round(float(contrast), 3)), flat))
-        line = after
-    for k, name in enumerate(found):
-        if whole := FINDINGS[name].whole: truths[k] = _again(truths[k][0], whole(body) & (found[name]["severity"] > 0), body)
+                            volume=round(float(solid[k].sum()*np.prod(body.mm)/1000), 1), contrast=round(float(contrast), 3)), flat))
     return body, truths
-
-def _again(truth, mask, body): return truth | dict(volume=round(float(mask.sum()*np.prod(body.mm)/1000), 1)), project(mask, body)
 
 def anatomy(body: Body) -> list[tuple[dict, np.ndarray]]:
     "Lungs, heart and ribs, with their projected masks."
