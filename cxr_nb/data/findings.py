@@ -149,13 +149,14 @@ def pneumothorax(body, r, side, site, extent, severity):
     mask[box] = air > .5; label[mask] = PLEURA[side]
     return replace(body, mu=mu.astype(np.float32), label=label), mask
 
-# %% ../../nbs/14_findings.ipynb #87ea5db0
+# %% ../../nbs/14_findings.ipynb #a871e377
 def effusion(body, r, side, site, extent, severity):
     "Fluid at the base; its level rises with the severity, its meniscus climbs the chest wall with the extent."
     space = body.thorax(side); box = box_of(space); inside = space[box]
     z, x = np.arange(inside.shape[0])[:, None, None], np.arange(inside.shape[2])/inside.shape[2]
     depth = stretch(ndimage.distance_transform_edt(inside[::2, ::2, ::2], sampling=2*body.mm).astype(np.float32), inside.shape)   # mm from the wall
-    climb = (30 + 40*extent)*np.exp(-depth/14)*(.4 + .6*(x if side == "left" else 1 - x))/body.mm[0]
+    out = x if side == "left" else 1 - x      # 0 at the mediastinum, 1 at the side
+    climb = (30 + 40*extent)*(np.exp(-depth/14)*(.4 + .6*out) + .7*out**2.5)/body.mm[0]
     level = inside.shape[0]*(1 - min(1, 6*severity)*(.12 + .48*severity))
     weight = inside*np.clip(z - level + climb*min(1, 3*severity) + .5, 0, 1)
     after, mask = fill(body, box, weight)
