@@ -393,7 +393,7 @@ def attenuation(body: Body, pose: Pose) -> np.ndarray:
     a, b = (np.linspace(-pose.fov/2, pose.fov/2, n) for n in s.shape)
     return s*np.sqrt(1 + (a[:, None]**2 + b**2)/SOURCE[pose.view]**2)
 
-# %% ../../nbs/13_body.ipynb #bce9f4c4
+# %% ../../nbs/13_body.ipynb #1157eeeb
 @dataclass(frozen=True)
 class Film:
     "How one image was exposed and processed, and what else is on it."
@@ -410,7 +410,7 @@ class Film:
     letter: tuple[float, float, float] | None   # where the L stands (down, across, as a share) and its height
     wires: tuple    # of (points [k 2] as shares, width mm, attenuation, mm of the electrode at the end or 0)
 
-def draw_film(r: np.random.Generator, view: str) -> Film:
+def draw_film(r: np.random.Generator, view: str, dose: float = 1.) -> Film:  # dose: of radiation, as a multiple of the usual
     "A random exposure."
     photons, scatter, blur = float(np.exp(r.uniform(np.log(3e4), np.log(4e5)))), float(r.uniform(.1, .6)), float(r.uniform(.2, .9))
     detail = (float(r.uniform(.2, 1.3)), float(r.uniform(0, .9)))
@@ -419,7 +419,7 @@ def draw_film(r: np.random.Generator, view: str) -> Film:
     wires = tuple(_wire(r, k) for k in ("electrode",)*3 + ("tube",)*2 if r.random() < (.35 if view == "AP" else .06))
     fog, low, high, shoulder = (float(r.uniform(*bounds)) for bounds in ((0, .09), (.14, .4), (.8, .97), (1.2, 2.4)))
     if view == "LATERAL": low, detail = low - .12, (detail[0] + .8, detail[1])
-    return Film(photons, scatter, blur, detail, fog, low, high, shoulder, border, float(r.choice([.02, .95])), letter, wires)
+    return Film(dose*photons, scatter, blur, detail, fog, low, high, shoulder, border, float(r.choice([.02, .95])), letter, wires)
 
 def _wire(r, kind):
     if kind == "tube":  # from the neck down

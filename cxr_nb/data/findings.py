@@ -111,13 +111,13 @@ def lift(body: Body, side: str | None, mm: float) -> Body:
     along = np.exp(-((rows - dome)*body.mm[0]/np.where(rows < dome, 90, 45))**2)*np.clip((1 - np.abs(z))*6, 0, 1)
     return move(body, box, [mm*along*np.clip((1 - y**2)*2, 0, 1)*np.clip((1 - x**2)*2, 0, 1), np.zeros((1, 1, 1)), np.zeros((1, 1, 1))])
 
-# %% ../../nbs/14_findings.ipynb #86282115
+# %% ../../nbs/14_findings.ipynb #59cf098a
 def cardiomegaly(body, r, side, site, extent, severity):
-    "The heart grows by up to two fifths in width and less in the other directions, wherever lung gives way."
+    "The heart grows by a tenth to two fifths in width and less in the other directions, wherever lung gives way."
     heart = body.label == HEART
     box = tuple(slice(max(0, s.start - int(.3*(s.stop - s.start))), s.stop + int(.3*(s.stop - s.start))) for s in box_of(heart))
     part, mu = heart[box].astype(np.float32), body.mu[box]
-    centre, grow = np.argwhere(part).mean(0), 1 + severity*np.array([.15, .2, .42])
+    centre, grow = np.argwhere(part).mean(0), 1 + min(1, 10*severity)*np.array([.04, .05, .1]) + severity*np.array([.12, .16, .34])
     at = np.stack(np.broadcast_arrays(*((i - c)/g + c for i, c, g in zip(np.ogrid[tuple(map(slice, part.shape))], centre, grow))))
     share = ndimage.map_coordinates(part, at, order=1, prefilter=False)*(heart | body.lung())[box]
     moved = ndimage.map_coordinates(mu, at, order=1, mode="nearest", prefilter=False)
@@ -300,7 +300,7 @@ def _lobar(body, r, side, site, extent, severity):
     weight = inside*np.clip((.35 + .35*severity - wedge)/.08, 0, 1)*min(1, 6*severity)*(.35 + .55*severity)
     return fill(raised, box, weight, 1., .3)
 
-# %% ../../nbs/14_findings.ipynb #3619e096
+# %% ../../nbs/14_findings.ipynb #e2bd29e1
 @dataclass(frozen=True)
 class Finding:
     "How a finding is made, and what can be said of it."
@@ -308,11 +308,11 @@ class Finding:
     places: dict             # side (None: both or neither) -> the sites it can have
     words: str               # what a report calls it; level, side, site and mm are filled in
     rate: float              # default prevalence
-    whole: Callable | None = None  # (body, side) -> mask, for an organ or a space that later findings change: its mask is that of the final body
-    share: float = 0.        # the projected mask keeps pixels where the finding takes at least this share of the depth of the pleural space
+    whole: Callable | None = None  # (body, side) -> mask, for an organ or a space that later findings move: its mask is that of the final body
+    share: float = 0.        # the projected mask keeps pixels where the finding takes at least this share of the depth of its pleural space
 
 def _both(*sites): return {s: sites for s in ("left", "right")}
-FINDINGS = {                 # in the order in which they are put in: first those that move the lung, so that no mask is left behind
+FINDINGS = {                 # in the order in which they are put in; those that move the lung come first
     "Emphysema": Finding(emphysema, {None: (None,)}, "{level} emphysema with hyperinflation", .07, lambda body, side: body.lung()),
     "Cardiomegaly": Finding(cardiomegaly, {None: (None,)}, "{level} cardiomegaly", .1, lambda body, side: body.label == HEART),
     "Pneumothorax": Finding(pneumothorax, _both("apical", "complete"), "{level} {side} {site} pneumothorax", .08, whole=lambda body, side: (body.label == PLEURA[side]) & (body.mu < .5*WATER), share=.75),
@@ -323,7 +323,7 @@ FINDINGS = {                 # in the order in which they are put in: first thos
     "Consolidation": Finding(consolidation, {s: tuple(LOBES[s]) for s in LOBES}, "{level} consolidation in the {side} {site} lobe", .08),
     "Pneumonia": Finding(pneumonia, _both("upper", "mid", "lower"), "{level} patchy opacity in the {side} {site} zone, in keeping with pneumonia", .08),
     "Mass": Finding(mass, _both("upper", "mid", "lower"), "{mm:.0f} mm mass in the {side} {site} zone", .08),
-    "Nodule": Finding(nodule, _both("upper", "mid", "lower"), "{mm:.0f} mm nodule in the {side} {site} zone", .08),
+    "Nodule": Finding(nodule, _both("upper", "mid", "lower"), "{mm:.0f} mm nodule in the {side} {site} zone", .1),
     "Pleural_Thickening": Finding(pleural_thickening, _both("apical", "lateral"), "{level} {side} {site} pleural thickening", .08),
     "Effusion": Finding(effusion, _both("basal"), "{level} {side} pleural effusion", .1),
     "Hernia": Finding(hernia, {None: ("hiatal",)}, "{level} hiatal hernia", .05),

@@ -79,7 +79,7 @@ class Shot:
         "Size of a pixel in the plane of the detector, mm."
         return self.pose.fov/len(self.image)*magnification(self.pose.view)
 
-# %% ../../nbs/17_release.ipynb #5294fead
+# %% ../../nbs/17_release.ipynb #d9c02121
 def write_release(
     path: str | Path,                 # folder of the new release
     n: int,                           # images
@@ -90,7 +90,7 @@ def write_release(
     levels: int = 256,                # of grey
     seed: int = 0,
     workers: int = 2,                 # threads
-    **options,                        # prevalence, together, views, images_per_patient, fractions, severity: as in `make_phantom_set`
+    **options,                        # prevalence, together, views, images_per_patient, fractions, severity, dose: as in `make_phantom_set`
 ) -> Release:                         # the truth, under the names that the release uses
     "Simulates a release, with reports.jsonl and masks/. Raises `FileExistsError` where the folder exists, `ValueError` for a wrong setting, `OSError` for a full disk."
     path, made_by = Path(path).resolve(), phantom_settings(n, size, seed, **options)
@@ -109,13 +109,13 @@ def write_release(
         finally: shutil.rmtree(new, ignore_errors=True)
     return Release(manifest, annotations, path, name)
 
-# %% ../../nbs/17_release.ipynb #82ec1bff
+# %% ../../nbs/17_release.ipynb #2e4f6bd1
 def _simulate_all(root, made_by, save, levels, workers):  # manifest, annotations, mm of a pixel [n]
     drawn, (n, size, seed, views) = combinations(made_by["prevalence"], made_by["together"]), (made_by[k] for k in ("n", "size", "seed", "views"))
     ct = load_ct(min(size, FINEST)); ct.landmarks, ct.chest   # before the threads ask for them
     def one(job):
         i, p, k = job
-        image, row, notes, masks = simulate(i, p, k, size, seed, drawn, views, made_by["severity"], levels)
+        image, row, notes, masks = simulate(i, p, k, size, seed, drawn, views, made_by["severity"], levels, made_by["dose"])
         shot = Shot(image, row, draw_pose(rng(seed, "image", i), draw_patient(rng(seed, "patient", p)), views), i, p, k)
         row = row | save(root, shot)
         stem = Path(row["path"]).stem
@@ -152,14 +152,14 @@ def _nih_tables(root, m, a, spacing):
     if len(boxed): _text(root/"BBox_List_2017.csv", [_BBOX, *(f"{b.image_id},{NIH_BOXED[b.finding]}," + ",".join(f"{1024*v:.12g}" for v in (b.x0, b.y0, b.x1 - b.x0, b.y1 - b.y0)) for b in boxed.itertuples())])
     _text(root/"train_val_list.txt", m.image_id[m.split != "test"]); _text(root/"test_list.txt", m.image_id[m.split == "test"])
 
-# %% ../../nbs/17_release.ipynb #26c3a9f9
+# %% ../../nbs/17_release.ipynb #a30de013
 def write_nih(
     path: str | Path,    # folder of the new release
     n: int,              # images
     size: int = 1024,    # edge of an image, pixels; the real ones have 1024
     seed: int = 0,
     workers: int = 2,    # threads
-    **options,           # prevalence, together, views, images_per_patient, fractions, severity: as in `make_phantom_set`
+    **options,           # prevalence, together, views, images_per_patient, fractions, severity, dose: as in `make_phantom_set`
 ) -> Release:            # the truth, under the release's names; all findings, boxes and sentences, and the split with its validation part
     "A simulated release in the layout of NIH ChestX-ray14. Raises as `write_release` does, and `ValueError` for lateral views, which it has not."
     if "LATERAL" in (options.get("views") or {}): raise ValueError("NIH ChestX-ray14 has no lateral images: leave LATERAL out of views, or write DICOM files with write_dicom")
@@ -223,7 +223,7 @@ def _labels(root, m, a, spacing):
     m = m.dropna(axis=1, how="all").rename(columns={"path": "image"})
     with atomic(root/"labels.csv") as tmp: m[["image", *(c for c in m if c != "image")]].to_csv(tmp, index=False)
 
-# %% ../../nbs/17_release.ipynb #9f24cc4f
+# %% ../../nbs/17_release.ipynb #757b84a9
 def write_dicom(
     path: str | Path,        # folder of the new release
     n: int,                  # images
@@ -232,7 +232,7 @@ def write_dicom(
     workers: int = 2,        # threads
     inverted: float = .2,    # share of the files that are MONOCHROME1
     dates: str = "followup", # of the studies: as in `study_date`
-    **options,               # prevalence, together, views, images_per_patient, fractions, severity: as in `make_phantom_set`
+    **options,               # prevalence, together, views, images_per_patient, fractions, severity, dose: as in `make_phantom_set`
 ) -> Release:                # the truth
     "Simulated patients as DICOM files with their reports and a table. Raises as `write_release` does, and `ValueError` for a wrong share or policy of dates."
     if not 0 <= inverted <= 1: raise ValueError(f"inverted is {inverted}; it is a share between 0 and 1")

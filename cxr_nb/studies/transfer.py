@@ -82,9 +82,9 @@ class Restyled(Dataset):
         x = x + draw(-.5*k, .9*k)*(soft - x) + draw(0, .03*k)*torch.randn(x.shape, generator=g)
         return batch | {"image": (255*x.clamp(0, 1)).round().byte()}
 
-# %% ../../nbs/56_transfer.ipynb #bc658079
+# %% ../../nbs/56_transfer.ipynb #638ba8c6
 def matched_to(images: np.ndarray, reference: np.ndarray) -> np.ndarray:  # uint8 [n s s], uint8 [m s s]; uint8 [n s s]
-    "Each image with the histogram that the reference images have together."
+    "Each image with the histogram that the reference images (their first 500) have together."
     pool = np.quantile(reference[:500], np.linspace(0, 1, images[0].size)).round().astype(np.uint8).reshape(images[0].shape)
     return np.stack([match_histograms(i, pool).round().astype(np.uint8) for i in images])
 
