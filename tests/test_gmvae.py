@@ -99,6 +99,16 @@ def test_mixture_terms_do_not_lose_digits_far_from_zero():
     assert torch.allclose(kl_bound(mu, logvar, mu, p)[0].sum(1).double(), kl_bound(mu.double(), logvar.double(), mu.double(), exact)[0].sum(1), atol=.05)
 
 
+@pytest.mark.parametrize("kl", [kl_monte_carlo, kl_bound])
+def test_gradients_are_finite_where_all_but_one_component_are_out_of_reach(kl):
+    with torch.random.fork_rng(): p = MixturePrior(3, 4)
+    p.mean.data[1:] += 100  # their responsibilities underflow to zero
+    mu, logvar = (torch.zeros(2, 4).requires_grad_() for _ in range(2))
+    parts = kl(mu, logvar, mu + .1, p)
+    sum(t.sum() for t in (parts if isinstance(parts, tuple) else (parts,))).backward()
+    assert all(t.grad.isfinite().all() for t in (mu, logvar, p.mean, p.logvar))
+
+
 def test_encoder_weights_come_from_a_file_of_the_whole_network_of_the_features_or_from_a_folder(tmp_path):
     with torch.random.fork_rng():
         torch.manual_seed(1)

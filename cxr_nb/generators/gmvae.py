@@ -93,7 +93,7 @@ class MixturePrior(nn.Module):
         k, noise = k.to(self.mean.device), noise.to(self.mean)
         return self.mean[k] + (self.logvar[k]/2).exp()*noise
 
-# %% ../../nbs/32_gmvae.ipynb #6a6a5bda
+# %% ../../nbs/32_gmvae.ipynb #aeedc752
 def kl_monte_carlo(
     mu: Tensor,           # means of q, [b d]
     logvar: Tensor,       # log-variances of q, [b d]
@@ -111,11 +111,11 @@ def kl_bound(
     prior: MixturePrior,
 ) -> tuple[Tensor, Tensor]:  # the components' KL of each dimension [b d] and KL(g || pi) [b], nats; their sum over all is never below the KL divergence
     "Upper bound of KL(q || p) with responsibilities (Dilokthanakul et al. 2016, without w)."
-    g = prior.log_components(z).softmax(1)
+    log_g = prior.log_components(z).log_softmax(1); g = log_g.exp()  # not log(g), whose gradient is NaN where g underflows
     with torch.autocast(mu.device.type, enabled=False):
         centre = prior.mean.detach().mean(0); m, mu, precision = prior.mean - centre, mu - centre, (-prior.logvar).exp()
         square = (mu**2 + logvar.exp())*(g @ precision) - 2*mu*(g @ (m*precision)) + g @ (m**2*precision)
-        return .5*(g @ prior.logvar - logvar + square - 1), torch.special.xlogy(g, g*len(prior.mean)).sum(1)
+        return .5*(g @ prior.logvar - logvar + square - 1), (g*(log_g + math.log(len(prior.mean)))).sum(1)
 
 # %% ../../nbs/32_gmvae.ipynb #7507ba20
 CHANNELS = {"VGG16": 512, "DenseNet121": 1024, "tf_efficientnet_lite0": 1280}
