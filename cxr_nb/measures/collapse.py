@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['active_units', 'spread', 'distances', 'same_image', 'distinct', 'nearest', 'complaints']
 
-# %% ../../nbs/26_collapse.ipynb #c85539e2
+# %% ../../nbs/26_collapse.ipynb #3597e966
 import cv2
 import numpy as np
-from scipy.sparse.csgraph import connected_components
 from scipy.spatial.distance import cdist
 from torch import Tensor
 
@@ -20,7 +19,7 @@ def active_units(
     "Code dimensions that carry information about the image (Burda et al., 2016)."
     return int((mu.var(0) > threshold).sum())
 
-# %% ../../nbs/26_collapse.ipynb #2b8757fa
+# %% ../../nbs/26_collapse.ipynb #514df33a
 def spread(
     images: np.ndarray,                 # uint8 or float, [n h w]
     weights: np.ndarray | None = None,  # how often each image counts in each resample, [b n]
@@ -57,8 +56,11 @@ def distinct(
     images: np.ndarray,   # uint8 [n h w]
     same: float,          # distance below which two images are the same, from `same_image`
 ) -> int:                 # 1 ... n
-    "How many different images there are: groups that are chained by distances below `same`."
-    return int(connected_components(distances(images, images) < same)[0])
+    "How many different images there are: as many as can be kept in turn without keeping the same one twice."
+    near, kept = distances(images, images) < same, []
+    for i in range(len(images)):
+        if not near[i, kept].any(): kept.append(i)
+    return len(kept)
 
 # %% ../../nbs/26_collapse.ipynb #35c8bc64
 def nearest(
@@ -69,7 +71,7 @@ def nearest(
     "Distance to the nearest training image."
     return np.min([distances(images, train[i:i + chunk]).min(1) for i in range(0, len(train), chunk)], axis=0)
 
-# %% ../../nbs/26_collapse.ipynb #0f3fdbea
+# %% ../../nbs/26_collapse.ipynb #da41043f
 def complaints(
     active: int | None = None,       # active units; None: the family has no code of that kind
     n_distinct: int | None = None,   # different images among `n`
@@ -80,7 +82,7 @@ def complaints(
     "What a generator is known to fail at, in words, where these numbers show it."
     said = []
     if active is not None and active == 0: said.append("posterior collapse: no code dimension varies with the image")
-    if n_distinct is not None and n_distinct < .5*n: said.append(f"mode collapse: {n_distinct} different images among {n} samples")
+    if n_distinct is not None and n_distinct < .5*n: said.append(f"mode collapse or blur: {n_distinct} different images among {n} samples")
     if to_train is not None and to_train < .5: said.append(f"copies: samples lie at {to_train:.2f} times the distance of unseen real images from the training images")
     if accuracy is not None and (late := float(np.mean(accuracy[-max(1, len(accuracy)//5):]))) > .95: said.append(f"the discriminator wins: it is right in {late:.0%} of the images of the last fifth of the steps")
     return said
