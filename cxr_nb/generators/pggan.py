@@ -68,7 +68,7 @@ def at_resolution(
     x = F.avg_pool2d(x, x.shape[-1]//resolution)
     return x if alpha == 1 else torch.lerp(up(F.avg_pool2d(x, 2)), x, alpha)
 
-# %% ../../nbs/34_pggan.ipynb #df702165
+# %% ../../nbs/34_pggan.ipynb #8e15bc1f
 def widths(
     size: int,  # side of the largest images, a power of two from 8 px on
     base: int,  # feature maps at stage s are base/2^s ...
@@ -81,13 +81,14 @@ def widths(
     if c[-1] < 1: raise ValueError(f"base {base}: nothing is left of it after {stages} stages; give at least {2**stages}")
     return c
 
-def _block(*layers: EqualConv, norm: bool) -> nn.Sequential:
-    return nn.Sequential(*(m for l in layers for m in (l, nn.LeakyReLU(.2), *([PixelNorm()] if norm else []))))
-
 class PixelNorm(nn.Module):
     "`pixel_norm` as a layer."
     def forward(self, x: Tensor) -> Tensor: return pixel_norm(x)
 
+def _block(*layers: EqualConv, norm: bool) -> nn.Sequential:
+    return nn.Sequential(*(m for l in layers for m in (l, nn.LeakyReLU(.2), *([PixelNorm()] if norm else []))))
+
+# %% ../../nbs/34_pggan.ipynb #a3cf7d67
 class Generator(nn.Module):
     "From z to an image of any of the resolutions (Karras et al. 2018, Table 2)."
     def __init__(self,
