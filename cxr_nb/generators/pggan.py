@@ -314,10 +314,12 @@ def load_generator(
     for k, v in kept.items(): getattr(gan, k).copy_(v)
     return gan.eval()
 
-# %% ../../nbs/34_pggan.ipynb #81680600
+# %% ../../nbs/34_pggan.ipynb #82be202a
 class LogGrowth(Callback):
-    "Logs resolution and alpha of each step."
-    def after_step(self, s: State) -> None: s.log(**dict(zip(("resolution", "alpha"), growth_at(s.model.schedule, s.step))))
+    "Logs resolution and alpha every `every` steps."
+    def __init__(self, every: int = 1): self.every = every
+    def after_step(self, s: State) -> None:
+        if s.step % self.every == 0: s.log(**dict(zip(("resolution", "alpha"), growth_at(s.model.schedule, s.step))))
 
 def train_pggan(
     data: RadiographSet,    # the training set, of the last resolution
@@ -336,15 +338,16 @@ def train_pggan(
     ema: float,             # decay of the averaged weights, a step
     seed: int,              # of weights, batches and noise
     callbacks: tuple = (),  # further ones
-    **options,              # passed to `fit`: precision, checkpoint_every ...
+    **options,              # passed to `fit`: precision, checkpoint_every ...; some 10,000 steps are logged
 ) -> tuple[PGGAN, History]: # the averaged model, and what the training left
     "Trains generator and critic; a recipe that does not grow takes the same number of steps. Raises `ValueError` as `fit` and `PGGAN` do."
     own, grow = {k: v for k, v in recipe.items() if k != "grow"}, recipe["grow"]
     schedule = growth_schedule(data.size, max(1, fade//batch_size), max(1, stable//batch_size), extra//batch_size)
     with seeded(seed, "pggan"): gan = PGGAN(data.size, latent, base, most, schedule=schedule if grow else (), findings=tuple(data.findings), **own)
     def adams(m): return {k: torch.optim.Adam(getattr(m, k).parameters(), lr, betas=(0., .99)) for k in m.phases(0)}
-    history = fit(gan, RadiographData(data, rows, data.findings), out=Path(out), steps=sum(f + s for _, f, s in schedule), batch_size=batch_size, seed=seed, optimizers=adams, ema=ema,
-                  config=dict(recipe=recipe, latent=latent, base=base, most=most, schedule=schedule if grow else (), data=data.sha256), callbacks=[LogGrowth(), *callbacks], **options)
+    steps = sum(f + s for _, f, s in schedule); every = max(1, steps//10_000)
+    history = fit(gan, RadiographData(data, rows, data.findings), out=Path(out), steps=steps, log_every=every, batch_size=batch_size, seed=seed, optimizers=adams, ema=ema,
+                  config=dict(recipe=recipe, latent=latent, base=base, most=most, schedule=schedule if grow else (), data=data.sha256), callbacks=[LogGrowth(every), *callbacks], **options)
     return history.ema, history
 
 # %% ../../nbs/34_pggan.ipynb #8f40faae
