@@ -168,23 +168,21 @@ def sample_set(
                            source=name, origin="synthetic", split="train", generator=name, seed=seed, width=images.shape[2], height=images.shape[1])
     return write_set(path, images, manifest, made_by=dict(generator=name, seed=seed, batch_size=batch_size, n=len(images)) | made_by)
 
-# %% ../../nbs/30_conditions.ipynb #ae3b07aa
-FAMILY = ("model", "made_the_set", "error", "error_lo", "error_hi", "active_units", "units", "parameters", "sampling", "training", "steps", "batch_size", "complaints")
+# %% ../../nbs/30_conditions.ipynb #181e12a2
+FAMILY = ("model", "made_the_set", "error", "error_lo", "error_hi", "active_units", "units", "parameters", "steps", "batch_size", "complaints")
 
 def family_row(
     model: str,                 # its name within the family
     *,
     parameters: int,            # trainable weights of all its networks
-    sampling: float,            # seconds to draw 1,000 images
     made_the_set: bool = False, # whether the run's set of samples is its
     error: tuple[float, float, float] | None = None,  # reconstruction error on unseen patients as a share of the mean image's, and its interval; None: it does not reconstruct
     active_units: int | None = None,  # code dimensions in use, None: there is no code of that kind
     units: int | None = None,         # of how many
-    training: float | None = None,    # seconds to train on 1,000 images; None where the run only took up a finished training
     steps: int | None = None,         # optimiser steps
     batch_size: int | None = None,    # images a step
     complaints: list[str] = (),       # of the guards against collapse
 ) -> dict:                      # the columns of FAMILY
     "One row of the table `family`."
     value, lo, hi = error or (None,)*3
-    return dict(zip(FAMILY, (model, made_the_set, value, lo, hi, active_units, units, parameters, sampling, training, steps, batch_size, "; ".join(complaints))))
+    return dict(zip(FAMILY, (model, made_the_set, value, lo, hi, active_units, units, parameters, steps, batch_size, "; ".join(complaints))))

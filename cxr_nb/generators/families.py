@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['read_family']
 
-# %% ../../nbs/39_families.ipynb #3ef52a8f
+# %% ../../nbs/39_families.ipynb #c8c9d6d3
+import json
 from pathlib import Path
 
 import pandas as pd
@@ -14,16 +15,16 @@ from ..data.images import RadiographSet
 from ..data.phantom import open_dataset
 from .conditions import FAMILY
 
-# %% ../../nbs/39_families.ipynb #24a3f61a
+# %% ../../nbs/39_families.ipynb #73a92642
 def read_family(
     folder: str | Path,  # of a run
     size: int,           # side to which its samples are averaged down, pixels
-) -> tuple[pd.DataFrame, RadiographSet]:  # one row a model, the columns of FAMILY; the samples of the model whose row says so
+) -> tuple[pd.DataFrame, RadiographSet, dict[str, float]]:  # one row a model, the columns of FAMILY; the samples of the model whose row says so; the run's costs
     "The models of a run and its samples. Raises `FileNotFoundError` for a run without them, `ValueError` where not exactly one model made the set."
     folder = Path(folder)
-    for part in ("tables/family.csv", "set/set.json"):
+    for part in ("run.json", "tables/family.csv", "set/set.json"):
         if not (folder/part).is_file(): raise FileNotFoundError(f"{folder} holds no {part}: run a chapter that trains generators (31 to 38) with out={folder} first")
     table = pd.read_csv(folder/"tables"/"family.csv")
     if missing := [c for c in FAMILY if c not in table]: raise ValueError(f"{folder/'tables/family.csv'} lacks {', '.join(missing)}: run its chapter again")
     if table.made_the_set.sum() != 1: raise ValueError(f"{folder/'tables/family.csv'}: exactly one model made the set, and {int(table.made_the_set.sum())} say so")
-    return table, open_dataset(str(folder/"set"), size)
+    return table, open_dataset(str(folder/"set"), size), {c["name"]: c["value"] for c in json.loads((folder/"run.json").read_text())["costs"]}
