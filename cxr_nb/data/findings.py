@@ -267,7 +267,7 @@ def fibrosis(body, r, side, site, extent, severity):
     weight = inside*net*np.exp(-depth/(12 + 14*extent))*np.clip((down - .45 + .3*extent)/.25, 0, 1)*min(1, 5*severity)*(.15 + .85*severity)
     return fill(body, box, weight, 1., .2)
 
-# %% ../../nbs/14_findings.ipynb #38eb32c0
+# %% ../../nbs/14_findings.ipynb #e71994c2
 def emphysema(body, r, side, site, extent, severity):
     "Lung turns into air and vessels thin out on both sides; the lungs are too large, the diaphragm low and flat."
     down = lift(body, None, -28*severity)
@@ -278,12 +278,12 @@ def emphysema(body, r, side, site, extent, severity):
     return replace(down, mu=mu), lung & (severity > 0)
 
 def atelectasis(body, r, side, site, extent, severity):
-    "Collapse. Sites `mid` and `lower`: a plate; `upper lobe` and `lower lobe`: the lobe shrinks to a dense wedge and the diaphragm rises."
-    return (_plate if site in ("mid", "lower") else _lobar)(body, r, side, site, extent, severity)
+    "Collapse. Sites `mid zone` and `lower zone`: a plate; `upper lobe` and `lower lobe`: the lobe shrinks to a dense wedge and the diaphragm rises."
+    return (_plate if site.endswith("zone") else _lobar)(body, r, side, site, extent, severity)
 
-# %% ../../nbs/14_findings.ipynb #37ceb4c6
+# %% ../../nbs/14_findings.ipynb #6bb88a83
 def _plate(body, r, side, site, extent, severity):
-    p, tilt, half, thick = place(zone(body, side, site), body.lung(side), r), r.normal(0, .25, 2), 25 + 35*extent, (2.5 + 7*severity)
+    p, tilt, half, thick = place(zone(body, side, site.split()[0]), body.lung(side), r), r.normal(0, .25, 2), 25 + 35*extent, (2.5 + 7*severity)
     box = near(body, p, half + 12)
     z, y, x = (g + np.float32((c - q)*m) for g, q, c, m in zip(body.grid(box), p, body.centre, body.mm))
     plate = np.abs(z + tilt[0]*x + tilt[1]*y + 3*texture(body, r, 60, box))
@@ -300,7 +300,7 @@ def _lobar(body, r, side, site, extent, severity):
     weight = inside*np.clip((.35 + .35*severity - wedge)/.08, 0, 1)*min(1, 6*severity)*(.35 + .55*severity)
     return fill(raised, box, weight, 1., .3)
 
-# %% ../../nbs/14_findings.ipynb #e2bd29e1
+# %% ../../nbs/14_findings.ipynb #7036d95f
 @dataclass(frozen=True)
 class Finding:
     "How a finding is made, and what can be said of it."
@@ -316,7 +316,7 @@ FINDINGS = {                 # in the order in which they are put in; those that
     "Emphysema": Finding(emphysema, {None: (None,)}, "{level} emphysema with hyperinflation", .07, lambda body, side: body.lung()),
     "Cardiomegaly": Finding(cardiomegaly, {None: (None,)}, "{level} cardiomegaly", .1, lambda body, side: body.label == HEART),
     "Pneumothorax": Finding(pneumothorax, _both("apical", "complete"), "{level} {side} {site} pneumothorax", .08, whole=lambda body, side: (body.label == PLEURA[side]) & (body.mu < .5*WATER), share=.75),
-    "Atelectasis": Finding(atelectasis, _both("mid", "lower", "upper lobe", "lower lobe"), "{level} atelectasis in the {side} {site}", .1),
+    "Atelectasis": Finding(atelectasis, _both("mid zone", "lower zone", "upper lobe", "lower lobe"), "{level} atelectasis in the {side} {site}", .1),
     "Fibrosis": Finding(fibrosis, {None: ("basal",)}, "{level} bibasal fibrosis", .07),
     "Edema": Finding(edema, {None: ("perihilar", "interstitial")}, "{level} {site} pulmonary edema", .08),
     "Infiltration": Finding(infiltration, _both("upper", "mid", "lower"), "{level} infiltration in the {side} {site} zone", .08),

