@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['repo_root', 'cache_dir', 'rng', 'torch_rng', 'seeded', 'default_device', 'atomic', 'write_json', 'sha256',
            'read_parameters', 'check_parameters', 'git_state', 'package_versions', 'Run', 'to_uint8', 'to_unit',
-           'image_grid']
+           'image_grid', 'image_rows']
 
 # %% ../nbs/00_core.ipynb #cc157b93
 import ast, difflib, errno, hashlib, importlib.metadata, json, os, platform, resource, shutil, subprocess, sys, time, zlib
@@ -222,7 +222,7 @@ def finish(self: Run) -> Path:  # path of the record
         sets=self.sets, metrics=self.metrics, tables=self.tables, figures=self.figures, costs=self.costs))
     return self.dir/"run.json"
 
-# %% ../nbs/00_core.ipynb #a106b3cc
+# %% ../nbs/00_core.ipynb #45710ca7
 def to_uint8(
     x: torch.Tensor,  # images in [-1, 1], any shape
 ) -> np.ndarray:      # uint8 of the same shape; values outside are clipped
@@ -252,4 +252,15 @@ def image_grid(
         a.imshow(im, cmap="gray", vmin=0, vmax=255)
         if titles: a.set_title(titles[i], fontsize=7)
     plt.close(fig)
+    return fig
+
+def image_rows(
+    images: np.ndarray | torch.Tensor,  # as of `image_grid`, row after row
+    names: list[str],                   # one a row
+    cols: int = 8,                      # pictures in a row
+) -> plt.Figure:
+    "Rows of radiographs, each with its name above the first picture."
+    fig = image_grid(images, titles=[" "]*len(images), cols=cols)
+    for ax in fig.axes: ax.title.set_fontsize(13)    # room for the name
+    for ax, name in zip(fig.axes[::cols], names): ax.annotate(name, (0, 1), xytext=(0, 4), xycoords="axes fraction", textcoords="offset points", fontsize=12).set_in_layout(False)
     return fig

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['FAMILY', 'Box', 'Condition', 'conditions_of', 'findings_matrix', 'Generator', 'seen_values', 'check_conditions',
-           'restrict', 'RealCopies', 'MeanImage', 'sample_set', 'family_row']
+           'restrict', 'RealCopies', 'MeanImage', 'sample_set', 'train_on', 'seconds_per_1000', 'family_row']
 
-# %% ../../nbs/30_conditions.ipynb #88de5fa2
+# %% ../../nbs/30_conditions.ipynb #fa04cd7d
+import importlib, time
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Protocol
@@ -19,6 +20,7 @@ from tqdm.auto import tqdm
 
 from ..core import to_uint8, to_unit, torch_rng
 from ..data.images import RadiographSet, write_set
+from ..data.phantom import open_dataset
 from ..data.sources import as_manifest
 
 # %% ../../nbs/30_conditions.ipynb #e9e89b5a
@@ -167,6 +169,22 @@ def sample_set(
     manifest = as_manifest(pd.DataFrame({"image_id": ids, "patient_id": ids} | known | dict(zip(findings, findings_matrix(conditions, findings).astype(float).T))),
                            source=name, origin="synthetic", split="train", generator=name, seed=seed, width=images.shape[2], height=images.shape[1])
     return write_set(path, images, manifest, made_by=dict(generator=name, seed=seed, batch_size=batch_size, n=len(images)) | made_by)
+
+# %% ../../nbs/30_conditions.ipynb #5d5856bd
+def train_on(config: dict) -> None:  # train: "module:function"; dataset, size, out, and the settings of that function
+    "Calls a family's training function on the training images of a set, as each of several processes does."
+    module, function = config["train"].split(":")
+    data = open_dataset(config["dataset"], config["size"])
+    getattr(importlib.import_module(module), function)(data, data.select(data.manifest.split == "train"), config["out"], **config["settings"])
+
+def seconds_per_1000(
+    generator: Generator,
+    seed: int,            # of the draws
+    n: int = 64,          # images that are drawn
+) -> float:               # seconds
+    "How long a generator takes to draw 1,000 images without a condition, n at a time."
+    start = time.perf_counter(); generator.sample([Condition()]*n, torch_rng(seed, "time"))
+    return (time.perf_counter() - start)*1000/n
 
 # %% ../../nbs/30_conditions.ipynb #181e12a2
 FAMILY = ("model", "made_the_set", "error", "error_lo", "error_hi", "active_units", "units", "parameters", "steps", "batch_size", "complaints")

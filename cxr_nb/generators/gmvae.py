@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['VERSIONS', 'CHANNELS', 'MAPS', 'Version', 'chosen', 'MixturePrior', 'kl_monte_carlo', 'kl_bound', 'features',
            'FeatureEncoder', 'Broadcast', 'make_decoder', 'free_bits', 'log_amplitudes', 'spectral_loss', 'GMVAE',
-           'train_gmvae', 'train_gmvae_on', 'examine', 'components_used']
+           'train_gmvae', 'examine', 'components_used']
 
-# %% ../../nbs/32_gmvae.ipynb #392a937b
+# %% ../../nbs/32_gmvae.ipynb #38109059
 import math, re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,7 +24,6 @@ from torchvision.models.vgg import cfgs, make_layers
 
 from ..core import seeded, to_unit
 from ..data.images import RadiographData, RadiographSet
-from ..data.phantom import open_dataset
 from .conditions import Condition, check_conditions, findings_matrix, seen_values
 from ..measures.classifier import load_weights, wheel_weights
 from ..train import evaluating, fit
@@ -303,7 +302,7 @@ def reconstruct(self: GMVAE, x: Tensor, y: Tensor | None = None) -> Tensor:  # [
     device = self.met.device
     return self.decode(self.encode(x.to(device))[0], None if y is None else y.to(device)).mean(1, keepdim=True)
 
-# %% ../../nbs/32_gmvae.ipynb #fe8f6967
+# %% ../../nbs/32_gmvae.ipynb #243d4738
 def train_gmvae(
     data: RadiographSet,      # the training set
     rows: np.ndarray,         # positions of its training images
@@ -332,11 +331,6 @@ def train_gmvae(
                   optimizers=lambda m: torch.optim.Adam([p for p in m.parameters() if p.requires_grad], lr=lr, fused=True),
                   config=asdict(v) | dict(weights=weights, frozen=frozen, reconstruction=reconstruction, beta=beta, data=data.sha256), **options)
     return history.model, history.log
-
-def train_gmvae_on(config: dict) -> None:  # dataset, size, out, and the settings of `train_gmvae`
-    "`train_gmvae` as each of several processes calls it (`cxr_nb.train.launch`), on the training images of a set; another call in the same folder takes up the result."
-    data = open_dataset(config["dataset"], config["size"])
-    train_gmvae(data, data.select(data.manifest.split == "train"), config["out"], **config["settings"])
 
 # %% ../../nbs/32_gmvae.ipynb #a139d5d5
 @torch.no_grad()

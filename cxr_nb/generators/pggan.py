@@ -127,7 +127,7 @@ class Discriminator(nn.Module):
             if i == level and alpha < 1: x = torch.lerp(self.from_image[i - 1](F.avg_pool2d(image, 2)), x, alpha)
         return self.end(batch_deviation(x) if self.deviation else x)
 
-# %% ../../nbs/34_pggan.ipynb #e4dbe71f
+# %% ../../nbs/34_pggan.ipynb #81a702b1
 def input_gradient(
     critic: Callable[[Tensor], Tensor],  # [b c h w] -> [b]
     x: Tensor,                           # where; its own graph is cut, [b c h w]
@@ -156,6 +156,7 @@ def wgan_gp(
     r, f = critic(real), critic(fake)
     return {"wasserstein": f.mean() - r.mean(), "penalty": weight*(torch.linalg.vector_norm(g, dim=1) - 1).square().mean(), "drift": drift*r.square().mean()} | _balance(r, f)
 
+# %% ../../nbs/34_pggan.ipynb #3611423c
 def relativistic(
     critic: Callable[[Tensor], Tensor],  # [b c h w] -> [b]
     real: Tensor,                        # [b c h w]
@@ -195,7 +196,7 @@ def growth_at(
         if step < 0: break
     return resolution, 1.
 
-# %% ../../nbs/34_pggan.ipynb #f766a296
+# %% ../../nbs/34_pggan.ipynb #cb58f5d3
 class PGGAN(nn.Module):
     "Generator and critic of Karras et al. (2018). Raises `ValueError` for a size, a loss or a schedule that does not fit."
     conditions = frozenset({"findings"})  # once directions are fitted; a condition without findings is a plain draw
@@ -234,16 +235,18 @@ class PGGAN(nn.Module):
         "One step of the critic, one of the generator."
         return ["discriminator", "generator"]
 
-    def losses(self, batch: dict[str, Tensor], step: int = 0, phase: str = "generator") -> dict[str, Tensor]:
-        "The losses of a phase, means over the batch, at the resolution of the step."
-        resolution, alpha = growth_at(self.schedule, step)
-        level, dtype = resolution.bit_length() - 3, self.directions.dtype
-        self.grown.fill_(level - 1 + alpha if level else 0)
-        real = at_resolution(to_unit(batch["image"]).to(dtype), resolution, alpha)
-        fake = self.generator(torch.randn(len(real), self.latent, device=real.device, dtype=dtype), level, alpha)
-        def critic(x): return self.discriminator(x, level, alpha)
-        if phase == "discriminator": return LOSSES[self.loss](critic, real, fake.detach(), dtype, self.weight, self.drift)
-        return {"adversarial": -critic(fake).mean() if self.loss == "wgan-gp" else F.softplus(critic(real).detach() - critic(fake)).mean()}
+# %% ../../nbs/34_pggan.ipynb #c44da006
+@patch
+def losses(self: PGGAN, batch: dict[str, Tensor], step: int = 0, phase: str = "generator") -> dict[str, Tensor]:
+    "The losses of a phase, means over the batch, at the resolution of the step."
+    resolution, alpha = growth_at(self.schedule, step)
+    level, dtype = resolution.bit_length() - 3, self.directions.dtype
+    self.grown.fill_(level - 1 + alpha if level else 0)
+    real = at_resolution(to_unit(batch["image"]).to(dtype), resolution, alpha)
+    fake = self.generator(torch.randn(len(real), self.latent, device=real.device, dtype=dtype), level, alpha)
+    def critic(x): return self.discriminator(x, level, alpha)
+    if phase == "discriminator": return LOSSES[self.loss](critic, real, fake.detach(), dtype, self.weight, self.drift)
+    return {"adversarial": -critic(fake).mean() if self.loss == "wgan-gp" else F.softplus(critic(real).detach() - critic(fake)).mean()}
 
 # %% ../../nbs/34_pggan.ipynb #44ffba96
 @patch
