@@ -283,13 +283,14 @@ def atelectasis(body, r, side, site, extent, severity):
     "Collapse. Sites `mid zone` and `lower zone`: a plate; `upper lobe` and `lower lobe`: the lobe shrinks to a dense wedge and the diaphragm rises."
     return (_plate if site.endswith("zone") else _lobar)(body, r, side, site, extent, severity)
 
-# %% ../../nbs/14_findings.ipynb #6bb88a83
+# %% ../../nbs/14_findings.ipynb #4d0fe3d5
 def _plate(body, r, side, site, extent, severity):
-    p, tilt, half, thick = place(zone(body, side, site.split()[0]), body.lung(side), r), r.normal(0, .25, 2), 25 + 35*extent, (2.5 + 7*severity)
+    p, tilt, half, thick = place(zone(body, side, site.split()[0]), body.lung(side), r), r.normal(0, .25, 2), 25 + 35*extent, 2 + 6.5*severity
     box = near(body, p, half + 12)
     z, y, x = (g + np.float32((c - q)*m) for g, q, c, m in zip(body.grid(box), p, body.centre, body.mm))
-    plate = np.abs(z + tilt[0]*x + tilt[1]*y + 3*texture(body, r, 60, box))
-    weight = np.clip(.5 + (thick - plate)/max(3., body.mm[0]), 0, 1)*np.clip((half - np.sqrt(x**2 + y**2))/10, 0, 1)*body.lung(side)[box]
+    plate = np.abs(z + tilt[0]*x + tilt[1]*y + 5*texture(body, r, 60, box))
+    thick = thick*(1 + .35*texture(body, r, 25, box))*np.sqrt(np.clip(1 - (x**2 + y**2)/half**2, 0, 1))   # tapers towards its rim
+    weight = np.clip((thick - plate)/max(3., body.mm[0]), 0, 1)*body.lung(side)[box]
     return fill(body, box, weight*min(1, 10*severity), .9, .4)
 
 def _lobar(body, r, side, site, extent, severity):
