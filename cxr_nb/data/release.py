@@ -29,8 +29,8 @@ from .findings import FINDINGS, diameter
 from .phantom import NOT_LUNG, FINEST, combinations, level, phantom_settings, schedule, simulate
 from .sources import BOX, SIMULATED, Release, as_annotations, as_manifest, split_by_patient, validate
 
-# %% ../../nbs/17_release.ipynb #aa64f076
-VISIBLE = .1  # least contrast of a finding that can be seen
+# %% ../../nbs/17_release.ipynb #6a6e6718
+VISIBLE = .2  # least contrast, before noise, of a finding that counts as visible
 
 def structured(
     row: dict,                # of the manifest, with image_id, patient_id, view and a 1 or 0 for each of FINDINGS

@@ -139,11 +139,11 @@ def check_patients(manifest: pd.DataFrame, file: str = "manifest") -> None:
         who = twice.iloc[0]; where = " and ".join(twice.split[(twice.source == who.source) & (twice.patient_id == who.patient_id)])
         raise ValueError(f"{file}: patient {who.patient_id} is in {where} ({twice.drop_duplicates(['source', 'patient_id']).shape[0]} such patients); give every patient one split")
 
-# %% ../../nbs/11_sources.ipynb #cfb2ac0a
+# %% ../../nbs/11_sources.ipynb #0782d97e
 def check_fractions(fractions: dict[str, float]) -> None:
     "Raises `ValueError` for fractions that are not shares of train, val and test with the sum 1."
-    if min(fractions.values(), default=0) < 0 or abs(sum(fractions.values()) - 1) > 1e-9 or not set(fractions) <= {"train", "val", "test"}:
-        raise ValueError(f"fractions are shares of train, val and test that sum to 1, not {fractions}")
+    if not isinstance(fractions, dict) or not set(fractions) <= {"train", "val", "test"} or not all(isinstance(v, (int, float)) and v >= 0 for v in fractions.values()) or abs(sum(fractions.values()) - 1) > 1e-9:
+        raise ValueError(f"fractions are shares of train, val and test that sum to 1, e.g. {{'train': 0.7, 'test': 0.3}}, not {fractions}")
 
 def split_by_patient(
     manifest: pd.DataFrame,
