@@ -73,7 +73,7 @@ def test_the_model_works_on_the_device_and_in_the_type_that_it_is_moved_to(recip
 
 
 @both
-def test_one_phase_moves_one_network(recipe):
+def test_the_discriminator_s_phase_leaves_the_generator_no_gradient(recipe):
     gan, batch = tiny(recipe), {"image": torch.randint(0, 256, (4, 1, 32, 32), dtype=torch.uint8, generator=gen())}
     sum(v for v in gan.losses(batch, 0, "discriminator").values() if v.requires_grad).backward()
     assert all(p.grad is None for p in gan.generator.parameters()) and all(p.grad is not None for p in gan.discriminator.parameters())

@@ -26,6 +26,7 @@ RUNS, SITE = ROOT/"reports"/"runs"/"chain", ROOT/"reports"/"site"/"chain"
     ({"31_vae": {"out": "x"}}, "`out` of 31_vae is set by the workflow"),
     ({"16_audit": {"dataset": "x"}}, "`dataset` of 16_audit is set by the workflow"),
     ({"resources": {"15_phantoms": {"threads": 2}}}, "no stage `15_phantoms`; the nearest is `15_phantom`"),
+    ({"34_pggan": {"size": 128}}, "34_pggan asks for 128 px, but 15_phantom makes a set of 64 px"),
     ({"stages": ["31_vea"]}, "no stage `31_vea`; the nearest is `31_vae`"),
 ])
 def test_preset_that_does_not_fit_is_refused(tmp_path, preset, said):

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FAMILY', 'Box', 'Condition', 'conditions_of', 'findings_matrix', 'Generator', 'seen_values', 'check_conditions',
-           'restrict', 'RealCopies', 'MeanImage', 'sample_set', 'train_on', 'seconds_per_1000', 'family_row']
+           'restrict', 'RealCopies', 'MeanImage', 'sample_set', 'train_on', 'draw_samples', 'data_key', 'report_model']
 
-# %% ../../nbs/30_conditions.ipynb #fa04cd7d
-import importlib, time
+# %% ../../nbs/30_conditions.ipynb #56972180
+import hashlib, importlib, json, time
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Protocol
@@ -18,10 +18,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..core import to_uint8, to_unit, torch_rng
+from ..core import Run, atomic, rng, to_uint8, to_unit, torch_rng
 from ..data.images import RadiographSet, write_set
 from ..data.phantom import open_dataset
 from ..data.sources import as_manifest
+from ..measures.collapse import Reference, guard
+from ..measures.diagnosis import Estimate
+from ..train import History
 
 # %% ../../nbs/30_conditions.ipynb #e9e89b5a
 @dataclass(frozen=True)
@@ -170,37 +173,63 @@ def sample_set(
                            source=name, origin="synthetic", split="train", generator=name, seed=seed, width=images.shape[2], height=images.shape[1])
     return write_set(path, images, manifest, made_by=dict(generator=name, seed=seed, batch_size=batch_size, n=len(images)) | made_by)
 
-# %% ../../nbs/30_conditions.ipynb #5d5856bd
+# %% ../../nbs/30_conditions.ipynb #df204e76
 def train_on(config: dict) -> None:  # train: "module:function"; dataset, size, out, and the settings of that function
     "Calls a family's training function on the training images of a set, as each of several processes does."
     module, function = config["train"].split(":")
     data = open_dataset(config["dataset"], config["size"])
     getattr(importlib.import_module(module), function)(data, data.select(data.manifest.split == "train"), config["out"], **config["settings"])
 
-def seconds_per_1000(
+# %% ../../nbs/30_conditions.ipynb #842d1e33
+def draw_samples(
     generator: Generator,
-    seed: int,            # of the draws
-    n: int = 64,          # images that are drawn
-) -> float:               # seconds
-    "How long a generator takes to draw 1,000 images without a condition, n at a time."
-    start = time.perf_counter(); generator.sample([Condition()]*n, torch_rng(seed, "time"))
-    return (time.perf_counter() - start)*1000/n
+    conditions: list[Condition],  # one an image
+    seed: int,                    # of the draws
+    batch_size: int = 32,         # images at a time; each batch has a random stream of its own
+) -> tuple[np.ndarray, float]:    # uint8 [n h w]; seconds for 1,000 images
+    "Draws images as `sample_set` does, and takes the time from model to grey levels, after a first batch that does not count."
+    draw = lambda i: to_uint8(generator.sample(conditions[i:i + batch_size], torch_rng(seed, "sample", i)))[:, 0]
+    draw(0); start = time.perf_counter()
+    images = np.concatenate([draw(i) for i in range(0, len(conditions), batch_size)])
+    return images, (time.perf_counter() - start)*1000/len(images)
 
-# %% ../../nbs/30_conditions.ipynb #181e12a2
-FAMILY = ("model", "made_the_set", "error", "error_lo", "error_hi", "active_units", "units", "parameters", "steps", "batch_size", "complaints")
+def data_key(data: RadiographSet) -> str:
+    "Eight digits of how a set was made, whatever the size to which it was averaged down."
+    return hashlib.sha256(json.dumps({k: v for k, v in data.info["made_by"].items() if k != "resized"}, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
-def family_row(
-    model: str,                 # its name within the family
+# %% ../../nbs/30_conditions.ipynb #de88cabd
+FAMILY = ("model", "made_the_set", "size", "data", "parameters", "steps", "batch_size", "error", "error_lo", "error_hi", "active_units", "units",
+          "samples", "different", "to_training", "to_lo", "to_hi", "spread", "spread_lo", "spread_hi", "complaints")
+
+def report_model(
+    run: Run,
+    name: str,                     # of the model within its family
+    model: Generator,              # trained
+    data: RadiographSet,           # what it was trained on
+    against: Reference,            # of these data
+    conditions: list[Condition],   # of the samples that are measured; what the model does not understand is left out
+    seed: int,                     # of the samples
     *,
-    parameters: int,            # trainable weights of all its networks
-    made_the_set: bool = False, # whether the run's set of samples is its
-    error: tuple[float, float, float] | None = None,  # reconstruction error on unseen patients as a share of the mean image's, and its interval; None: it does not reconstruct
-    active_units: int | None = None,  # code dimensions in use, None: there is no code of that kind
-    units: int | None = None,         # of how many
-    steps: int | None = None,         # optimiser steps
-    batch_size: int | None = None,    # images a step
-    complaints: list[str] = (),       # of the guards against collapse
-) -> dict:                      # the columns of FAMILY
-    "One row of the table `family`."
-    value, lo, hi = error or (None,)*3
-    return dict(zip(FAMILY, (model, made_the_set, value, lo, hi, active_units, units, parameters, steps, batch_size, "; ".join(complaints))))
+    steps: int,                    # optimiser steps of the training
+    batch_size: int,               # images a step
+    made_the_set: bool = False,    # whether the run's set of samples is its
+    error: Estimate | None = None, # reconstruction error on unseen patients as a share of the mean image's; None: it does not reconstruct
+    active_units: int | None = None,     # code dimensions in use, None: there is no code of that kind
+    units: int | None = None,            # of how many
+    accuracy: np.ndarray | None = None,  # of the discriminator, step by step; None where there is none, or where it is meant to be right
+    history: History | None = None,      # what the training left, for its time
+) -> dict:                         # the columns of FAMILY
+    "Draws and measures samples, writes the measures into the run and the samples to `samples/NAME.npy`, and gives the model's row."
+    images, seconds = draw_samples(model, restrict(conditions, model.conditions), seed)
+    g = guard(images, against, rng(seed, "guard", name), active=active_units, error=error, accuracy=accuracy)
+    with atomic(run.dir/"samples"/f"{name.replace(' ', '-')}.npy") as tmp: np.save(tmp, images)
+    parameters = sum(p.numel() for p in model.parameters())
+    if error: run.metric("reconstruction error, as a share of the mean image's", error.value, n=error.n, interval=error.interval, how=error.how, group=name, headline=True)
+    if units: run.metric("active units", active_units, n=units, group=name)
+    run.metric("different images, a share of the samples", g["different"]/g["n"], n=g["n"], group=name)
+    for what, e in (("distance to the nearest training image, over that of unseen radiographs", g["to_train"]), ("spread of samples, as a share of real images'", g["spread"])):
+        run.metric(what, e.value, n=g["n"], interval=e.interval, how=e.how, group=name, headline="spread" in what)
+    run.metric("parameters", parameters, n=1, group=name); run.cost(f"sampling 1,000 images, {name}", seconds, "s")
+    if history and steps > history.resumed: run.cost(f"training on 1,000 images, {name}", history.seconds*1000/((steps - history.resumed)*batch_size), "s")
+    return dict(zip(FAMILY, (name, made_the_set, data.size, data_key(data), parameters, steps, batch_size, *((error.value, *error.interval) if error else (None,)*3), active_units, units,
+                             g["n"], g["different"], g["to_train"].value, *g["to_train"].interval, g["spread"].value, *g["spread"].interval, "; ".join(g["said"]))))

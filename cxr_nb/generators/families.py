@@ -5,26 +5,31 @@
 # %% auto #0
 __all__ = ['read_family']
 
-# %% ../../nbs/39_families.ipynb #c8c9d6d3
+# %% ../../nbs/39_families.ipynb #1b79b224
 import json
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
-from ..data.images import RadiographSet
-from ..data.phantom import open_dataset
-from .conditions import FAMILY
+from ..data.images import RadiographSet, preprocess
+from .conditions import FAMILY, data_key
 
-# %% ../../nbs/39_families.ipynb #73a92642
+# %% ../../nbs/39_families.ipynb #d37a5236
 def read_family(
-    folder: str | Path,  # of a run
-    size: int,           # side to which its samples are averaged down, pixels
-) -> tuple[pd.DataFrame, RadiographSet, dict[str, float]]:  # one row a model, the columns of FAMILY; the samples of the model whose row says so; the run's costs
-    "The models of a run and its samples. Raises `FileNotFoundError` for a run without them, `ValueError` where not exactly one model made the set."
+    folder: str | Path,   # of a run
+    data: RadiographSet,  # what it was trained on, at the size at which samples are compared
+) -> tuple[pd.DataFrame, dict[str, np.ndarray], dict[str, float]]:  # one row a model, the columns of FAMILY; samples of each model, uint8 [n h w] of the size of `data`; the run's costs
+    "The models of a run, their samples and costs. Raises `FileNotFoundError` for a run without them, `ValueError` for one that was trained on other images or at a smaller size."
     folder = Path(folder)
-    for part in ("run.json", "tables/family.csv", "set/set.json"):
+    for part in ("run.json", "tables/family.csv"):
         if not (folder/part).is_file(): raise FileNotFoundError(f"{folder} holds no {part}: run a chapter that trains generators (31 to 38) with out={folder} first")
-    table = pd.read_csv(folder/"tables"/"family.csv")
+    table = pd.read_csv(folder/"tables"/"family.csv", dtype={"data": str})
     if missing := [c for c in FAMILY if c not in table]: raise ValueError(f"{folder/'tables/family.csv'} lacks {', '.join(missing)}: run its chapter again")
-    if table.made_the_set.sum() != 1: raise ValueError(f"{folder/'tables/family.csv'}: exactly one model made the set, and {int(table.made_the_set.sum())} say so")
-    return table, open_dataset(str(folder/"set"), size), {c["name"]: c["value"] for c in json.loads((folder/"run.json").read_text())["costs"]}
+    if (other := set(table.data) - {data_key(data)}): raise ValueError(f"{folder} was trained on other images ({other.pop()}) than those of {data.path} ({data_key(data)}): run it again with this dataset")
+    if table["size"].min() < data.size: raise ValueError(f"{folder} made images of {table['size'].min()} px, but they are compared at {data.size} px: set size={table['size'].min()}")
+    samples = {}
+    for m in table.model:
+        if not (file := folder/"samples"/f"{m.replace(' ', '-')}.npy").is_file(): raise FileNotFoundError(f"{folder} holds no {file.relative_to(folder)}: run its chapter again")
+        samples[m] = np.stack([preprocess(x, data.size) for x in np.load(file)])
+    return table, samples, {c["name"]: c["value"] for c in json.loads((folder/"run.json").read_text())["costs"]}

@@ -4,16 +4,14 @@
 
 # %% auto #0
 __all__ = ['VERSIONS', 'CHANNELS', 'MAPS', 'Version', 'chosen', 'MixturePrior', 'kl_monte_carlo', 'kl_bound', 'features',
-           'FeatureEncoder', 'Broadcast', 'make_decoder', 'free_bits', 'log_amplitudes', 'spectral_loss', 'GMVAE',
-           'train_gmvae', 'examine', 'components_used']
+           'FeatureEncoder', 'Broadcast', 'make_decoder', 'GMVAE', 'train_gmvae', 'examine', 'components_used']
 
-# %% ../../nbs/32_gmvae.ipynb #38109059
+# %% ../../nbs/32_gmvae.ipynb #85519b08
 import math, re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import timm
 import torch
 import torchvision
@@ -25,8 +23,9 @@ from torchvision.models.vgg import cfgs, make_layers
 from ..core import seeded, to_unit
 from ..data.images import RadiographData, RadiographSet
 from .conditions import Condition, check_conditions, findings_matrix, seen_values
+from .vae import free_bits, spectral_loss
 from ..measures.classifier import load_weights, wheel_weights
-from ..train import evaluating, fit
+from ..train import History, evaluating, fit
 
 # %% ../../nbs/32_gmvae.ipynb #388a194b
 @dataclass(frozen=True)
@@ -209,26 +208,6 @@ def make_decoder(
     up = [nn.Sequential(nn.ConvTranspose2d(a, b, 4, 2, 1), *([nn.BatchNorm2d(b), nn.ReLU()] if i < last else [nn.Tanh()])) for i, (a, b) in enumerate(zip(c, c[1:]))]
     return nn.Sequential(first, *up)
 
-# %% ../../nbs/32_gmvae.ipynb #2cc1f18d
-def free_bits(
-    by_dimension: Tensor,  # KL of each image and dimension, nats, [b d]
-    floor: float,          # nats of a dimension that cost nothing more
-) -> Tensor:               # nats, scalar
-    "Sum over dimensions of the batch's mean KL, each counted at least as `floor` (Kingma et al. 2016)."
-    return by_dimension.mean(0).clamp(min=floor).sum()
-
-def log_amplitudes(x: Tensor) -> Tensor:  # images [b h w] -> the same shape
-    "Logarithm of the amplitude at each frequency of the orthonormal Fourier transform."
-    with torch.autocast(x.device.type, enabled=False):
-        return .5*(torch.fft.fft2(x if x.dtype == torch.float64 else x.float(), norm="ortho").abs()**2 + 1e-4).log()
-
-def spectral_loss(
-    a: Tensor,  # [b h w]
-    b: Tensor,  # [b h w]
-) -> Tensor:    # of each image and frequency, [b h w]
-    "Squared difference of log amplitudes."
-    return (log_amplitudes(a) - log_amplitudes(b))**2
-
 # %% ../../nbs/32_gmvae.ipynb #544d4379
 class GMVAE(nn.Module):
     "Any version of `VERSIONS`. Raises `ValueError` for sizes and settings that do not fit, and as `FeatureEncoder` does."
@@ -274,7 +253,7 @@ class GMVAE(nn.Module):
         "Three channels; `y` is 1, 0 or NaN (which counts as 0) and is needed by FS-GMVAE only."
         return self.decoder(torch.cat([z, y.to(z).nan_to_num()], 1) if self.findings else z)
 
-# %% ../../nbs/32_gmvae.ipynb #01209d77
+# %% ../../nbs/32_gmvae.ipynb #a181d85e
 @patch
 def losses(self: GMVAE, batch: dict[str, Tensor], step: int = 0) -> dict[str, Tensor]:
     "Squared error, beta-weighted KL and, where it has a weight, the spectral loss; each a mean over the batch."
@@ -293,16 +272,16 @@ def sample(self: GMVAE, conditions: list[Condition], rng: torch.Generator) -> Te
     "Decodes draws from the mixture, with the findings asked for where the version knows findings. Raises `ValueError` as `check_conditions` does."
     check_conditions(conditions, self)
     y = torch.from_numpy(findings_matrix(conditions, self.findings)).to(self.met.device) if self.findings else None
-    return self.decode(self.prior.sample(len(conditions), rng), y).mean(1, keepdim=True)
+    with evaluating(self): return self.decode(self.prior.sample(len(conditions), rng), y).mean(1, keepdim=True)
 
 @patch
 @torch.no_grad()
 def reconstruct(self: GMVAE, x: Tensor, y: Tensor | None = None) -> Tensor:  # [b 1 h w] in [-1, 1], both; y [b f]
     "Decodes the mean of q(z|x), on the model's device."
     device = self.met.device
-    return self.decode(self.encode(x.to(device))[0], None if y is None else y.to(device)).mean(1, keepdim=True)
+    with evaluating(self): return self.decode(self.encode(x.to(device))[0], None if y is None else y.to(device)).mean(1, keepdim=True)
 
-# %% ../../nbs/32_gmvae.ipynb #243d4738
+# %% ../../nbs/32_gmvae.ipynb #153b1d3a
 def train_gmvae(
     data: RadiographSet,      # the training set
     rows: np.ndarray,         # positions of its training images
@@ -321,7 +300,7 @@ def train_gmvae(
     objective: str = "",      # the same
     start: str = "",          # the same
     **options,                # passed to `fit`: precision, checkpoint_every, callbacks ...
-) -> tuple[GMVAE, pd.DataFrame]:  # the trained model, and the training log
+) -> tuple[GMVAE, History]:  # the trained model, and what the fit left
     "Trains a version on a set; goes on from the last checkpoint in `out`. Raises `ValueError` as `GMVAE` and `fit` do."
     v = chosen(version, encoder=encoder, objective=objective, start=start)
     with seeded(seed, "gmvae"): model = GMVAE(v, data.size, weights, frozen, reconstruction, beta, tuple(data.findings))
@@ -330,26 +309,27 @@ def train_gmvae(
     history = fit(model, RadiographData(data, rows, data.findings), out=Path(out), steps=steps, batch_size=batch_size, seed=seed,
                   optimizers=lambda m: torch.optim.Adam([p for p in m.parameters() if p.requires_grad], lr=lr, fused=True),
                   config=asdict(v) | dict(weights=weights, frozen=frozen, reconstruction=reconstruction, beta=beta, data=data.sha256), **options)
-    return history.model, history.log
+    return history.model, history
 
-# %% ../../nbs/32_gmvae.ipynb #a139d5d5
+# %% ../../nbs/32_gmvae.ipynb #ae74675e
 @torch.no_grad()
 def examine(
     model: GMVAE,
     data: RadiographSet,    # images of the model's size
     rows: np.ndarray,       # positions, [n]
     batch_size: int = 64,   # images at a time
-) -> tuple[Tensor, Tensor, np.ndarray]:  # posterior means [n z], responsibilities at them [n k], mean squared error of each image on the scale of [-1, 1] [n]
+) -> tuple[Tensor, Tensor, Tensor, np.ndarray]:  # means and log-variances of the posteriors [n z], responsibilities at the means [n k], mean squared error of each image on the scale of [-1, 1] [n]
     "Encodes and reconstructs images from the means of their posteriors, in evaluation mode, the findings given where the version knows them."
     device, parts = model.met.device, []
     y = torch.from_numpy(data.manifest[model.findings].to_numpy(np.float32)[rows]).to(device)
     with evaluating(model):
         for i in range(0, len(rows), batch_size):
-            x = to_unit(torch.from_numpy(data.images[rows[i:i + batch_size]])[:, None]).to(device); mu = model.encode(x)[0]
-            parts.append((mu.cpu(), model.prior.log_components(mu).softmax(1).cpu(), ((model.decode(mu, y[i:i + batch_size]).mean(1, keepdim=True) - x)**2).mean((1, 2, 3)).cpu()))
-    mu, g, error = (torch.cat(p) for p in zip(*parts))
-    return mu, g, error.numpy()
+            x = to_unit(torch.from_numpy(data.images[rows[i:i + batch_size]])[:, None]).to(device); mu, logvar = model.encode(x)
+            parts.append((mu.cpu(), logvar.cpu(), model.prior.log_components(mu).softmax(1).cpu(), ((model.decode(mu, y[i:i + batch_size]).mean(1, keepdim=True) - x)**2).mean((1, 2, 3)).cpu()))
+    mu, logvar, g, error = (torch.cat(p) for p in zip(*parts))
+    return mu, logvar, g, error.numpy()
 
 def components_used(g: Tensor) -> float:  # responsibilities [n k] -> 1 ... k
-    "Exponential of the entropy of the mean responsibilities."
-    return float(torch.special.entr(g.double().mean(0)).sum().exp())
+    "Exponential of the information between image and component."
+    h = torch.special.entr(g.double())
+    return float((torch.special.entr(g.double().mean(0)).sum() - h.sum(1).mean()).exp())

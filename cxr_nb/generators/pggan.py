@@ -127,7 +127,7 @@ class Discriminator(nn.Module):
             if i == level and alpha < 1: x = torch.lerp(self.from_image[i - 1](F.avg_pool2d(image, 2)), x, alpha)
         return self.end(batch_deviation(x) if self.deviation else x)
 
-# %% ../../nbs/34_pggan.ipynb #81a702b1
+# %% ../../nbs/34_pggan.ipynb #05993067
 def input_gradient(
     critic: Callable[[Tensor], Tensor],  # [b c h w] -> [b]
     x: Tensor,                           # where; its own graph is cut, [b c h w]
@@ -140,7 +140,7 @@ def input_gradient(
         return d, torch.autograd.grad(d.sum(), x, create_graph=True)[0].flatten(1)
 
 def _balance(real: Tensor, fake: Tensor) -> dict[str, Tensor]:  # the critic's answers, [b] each
-    return {"gap": (real.mean() - fake.mean()).detach(), "accuracy": (real[:, None] > fake).float().mean()}
+    return {"gap": (real.mean() - fake.mean()).detach(), "accuracy": ((real[:, None] > fake).float() + (real[:, None] == fake).float()/2).mean()}
 
 def wgan_gp(
     critic: Callable[[Tensor], Tensor],  # [b c h w] -> [b]
@@ -289,7 +289,7 @@ def fit_directions(
     gan.met.copy_(torch.tensor([[g and v in seen[f] for v in (0., 1.)] for f, g in zip(gan.findings, given)], dtype=torch.bool).reshape(-1, 2))
     return gan
 
-# %% ../../nbs/34_pggan.ipynb #8acd3a35
+# %% ../../nbs/34_pggan.ipynb #7a403d65
 def load_generator(
     path: str | Path,               # `.safetensors`, or a state dict saved by torch (read with `weights_only=True`)
     size: int,                      # as it was trained: side of the images in pixels
@@ -308,12 +308,14 @@ def load_generator(
     gan = PGGAN(size, latent, base, most, channels, findings=findings)
     weights = {k.removeprefix("generator."): v for k, v in given.items() if not k.startswith("discriminator.")}
     own, have = gan.generator.state_dict(), sum(k.startswith("to_image.") and k.endswith(".weight") for k in weights)
+    if have > len(gan.generator.to_image): raise ValueError(f"{path} holds a generator up to {2**(have + 1)} px: give size={2**(have + 1)}")
     if 0 < have < len(gan.generator.to_image): raise ValueError(f"{path} holds a generator up to {2**(have + 1)} px, which lacks the layers for {size} px: give size={2**(have + 1)}")
     wrong = [f"{k} ({'missing' if k not in weights else f'{tuple(weights[k].shape)} there, {tuple(v.shape)} here'})" for k, v in own.items() if k not in weights or weights[k].shape != v.shape]
     if wrong: raise ValueError(f"{path} does not hold this generator: {len(wrong)} of {len(own)} tensors do not fit, the first is {wrong[0]}; check latent={latent}, base={base}, most={most}, channels={channels}")
     gan.generator.load_state_dict({k: weights[k] for k in own})
     kept = {k: weights[k] for k in ("grown", "directions", "prevalence", "strength", "met") if k in weights and (findings or k == "grown")}
     if bad := [k for k, v in kept.items() if v.shape != getattr(gan, k).shape]: raise ValueError(f"{path}: `{bad[0]}` is not of {len(findings)} findings: give the findings that the generator was trained with, in their order")
+    if (grown := float(kept.get("grown", gan.grown))) != float(gan.grown): raise ValueError(f"{path} had grown to level {grown:g} of {float(gan.grown):g} when it was saved: finish its training, or load what it has with size={2**(int(grown) + 2)}")
     for k, v in kept.items(): getattr(gan, k).copy_(v)
     return gan.eval()
 
