@@ -65,7 +65,7 @@ def plan(
         key = [mine | wired, threads, code_of_notebook(notebooks[s], repo), [stages[n].key for n in needs]]
         stages[s] = Stage(mine | wired, needs, hashlib.sha256(json.dumps(key).encode()).hexdigest(), threads, rest)
     def size_of(s): return stages[s].parameters.get("size", have[s].get("size", 0))
-    for s, source in ((s, sets[k].split("/")[0]) for s in stages for k in sorted(set(sets) & set(takes[s]))):
+    for s, source in [(stage, sets[k].split("/")[0]) for stage in stages for k in sorted(set(sets) & set(takes[stage]))]:
         if size_of(s) > size_of(source): raise ValueError(f"{where}: {s} asks for {size_of(s)} px, but {source} makes a set of {size_of(source)} px: give that size={size_of(s)}, or {s} a smaller one")
     if early := [(s, n) for s in stages for n in stages[s].needs if n >= s]: raise ValueError(f"{early[0][0]} cannot take anything from {early[0][1]}, which comes after it")
     return stages

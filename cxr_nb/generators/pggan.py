@@ -8,7 +8,7 @@ __all__ = ['LOSSES', 'RECIPES', 'EqualConv', 'pixel_norm', 'batch_deviation', 'u
            'PGGAN', 'fit_directions', 'load_generator', 'LogGrowth', 'train_pggan', 'embed', 'project',
            'mean_directions', 'read_logits', 'regress_directions', 'walk']
 
-# %% ../../nbs/34_pggan.ipynb #d39c2a4d
+# %% ../../nbs/34_pggan.ipynb #ded07edc
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -24,11 +24,11 @@ from sklearn.metrics import r2_score
 from sklearn.model_selection import cross_val_predict
 from torch import Tensor, nn
 
-from ..core import seeded, to_uint8, to_unit
+from ..core import seeded, to_uint8, to_unit, torch_rng
 from ..data.images import RadiographData, RadiographSet
 from .conditions import Condition, check_conditions, findings_matrix, seen_values
 from ..measures.classifier import Classifier
-from ..train import Callback, History, State, fit
+from ..train import Callback, History, SampleGrid, State, fit
 
 # %% ../../nbs/34_pggan.ipynb #1975e80b
 class EqualConv(nn.Conv2d):
@@ -319,7 +319,7 @@ def load_generator(
     for k, v in kept.items(): getattr(gan, k).copy_(v)
     return gan.eval()
 
-# %% ../../nbs/34_pggan.ipynb #82be202a
+# %% ../../nbs/34_pggan.ipynb #798701f8
 class LogGrowth(Callback):
     "Logs resolution and alpha every `every` steps."
     def __init__(self, every: int = 1): self.every = every
@@ -343,6 +343,7 @@ def train_pggan(
     ema: float,             # decay of the averaged weights, a step
     seed: int,              # of weights, batches and noise
     callbacks: tuple = (),  # further ones
+    grids: int = 6,         # how often on the way what the same eight latent vectors give is kept, in `samples/`
     **options,              # passed to `fit`: precision, checkpoint_every ...; some 10,000 steps are logged
 ) -> tuple[PGGAN, History]: # the averaged model, and what the training left
     "Trains generator and critic; a recipe that does not grow takes the same number of steps. Raises `ValueError` as `fit` and `PGGAN` do."
@@ -352,7 +353,7 @@ def train_pggan(
     def adams(m): return {k: torch.optim.Adam(getattr(m, k).parameters(), lr, betas=(0., .99)) for k in m.phases(0)}
     steps = sum(f + s for _, f, s in schedule); every = max(1, steps//10_000)
     history = fit(gan, RadiographData(data, rows, data.findings), out=Path(out), steps=steps, log_every=every, batch_size=batch_size, seed=seed, optimizers=adams, ema=ema,
-                  config=dict(recipe=recipe, latent=latent, base=base, most=most, schedule=schedule if grow else (), data=data.sha256), callbacks=[LogGrowth(every), *callbacks], **options)
+                  config=dict(recipe=recipe, latent=latent, base=base, most=most, schedule=schedule if grow else (), data=data.sha256), callbacks=[LogGrowth(every), SampleGrid(lambda m: m.sample([Condition()]*8, torch_rng(seed, "grid")), max(1, steps//grids)), *callbacks], **options)
     return history.ema, history
 
 # %% ../../nbs/34_pggan.ipynb #8f40faae
