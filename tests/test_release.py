@@ -147,7 +147,7 @@ def test_a_wrong_setting_is_refused_and_leaves_nothing(form, what, tmp_path):
 def test_wrong_options_of_dicom_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match="inverted is 1.5"): write_dicom(tmp_path/"a", 2, 32, inverted=1.5)
     with pytest.raises(ValueError, match="dates is 'yesterday'; it is one of followup, fixed"): write_dicom(tmp_path/"a", 2, 32, dates="yesterday")
-    with pytest.raises(TypeError, match="prevalances"): write_dicom(tmp_path/"a", 2, 32, prevalances={})
+    with pytest.raises(ValueError, match="no setting 'prevalances'"): write_dicom(tmp_path/"a", 2, 32, prevalances={})
 
 
 @both
