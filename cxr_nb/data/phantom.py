@@ -232,7 +232,7 @@ def check_prevalence(prevalence: dict[str, float] | None) -> dict[str, float]:  
         if not isinstance(v, (int, float)) or not 0 <= v <= 1: raise ValueError(f"the prevalence of {k} is {v}; it is a rate between 0 and 1")
     return {k: float(prevalence[k]) for k in FINDINGS if k in prevalence}
 
-# %% ../../nbs/15_phantom.ipynb #ed3d1eea
+# %% ../../nbs/15_phantom.ipynb #6fcefdc0
 def make_phantom_set(
     path: str | Path,               # folder of the new set
     n: int,                         # images
@@ -261,6 +261,7 @@ def make_phantom_set(
     manifest = split_by_patient(as_manifest(pd.DataFrame(rows)), made_by["fractions"], seed)
     return write_set(path, np.stack(images), manifest, annotations, np.concatenate(masks), made_by=made_by)
 
+# %% ../../nbs/15_phantom.ipynb #cfb4b3a5
 def phantom_settings(n, size, seed=0, prevalence=None, together="nih", views=None, images_per_patient=2., fractions=None, severity=None, dose=1., **unknown) -> dict:
     "The complete settings of a set, defaults filled in: what it is recognised by. Raises `ValueError` for a wrong one."
     if unknown: raise ValueError(f"a phantom has no setting {sorted(unknown)[0]!r}; there are {', '.join(list(inspect.signature(phantom_settings).parameters)[:-1])}")
