@@ -93,3 +93,11 @@ def test_a_file_that_holds_no_generator_is_refused_by_name(content, match, tmp_p
     path = tmp_path/"w.pt"
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
     with pytest.raises(ValueError, match=f"w.pt.*{match}"): load_generator(path, 8, **SMALL)
+
+
+def test_a_generator_that_has_not_grown_up_is_refused(tmp_path):
+    gan = PGGAN(16, 6, 32, 4)
+    gan.grown.fill_(.5)
+    torch.save(gan.state_dict(), tmp_path/"half.pt")
+    with pytest.raises(ValueError, match="grown to level 0.5 of 2"): load_generator(tmp_path/"half.pt", 16, 6, 32, 4)
+    with pytest.raises(ValueError, match="give size=16"): load_generator(tmp_path/"half.pt", 8, 6, 32, 4)

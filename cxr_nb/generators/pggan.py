@@ -289,7 +289,7 @@ def fit_directions(
     gan.met.copy_(torch.tensor([[g and v in seen[f] for v in (0., 1.)] for f, g in zip(gan.findings, given)], dtype=torch.bool).reshape(-1, 2))
     return gan
 
-# %% ../../nbs/34_pggan.ipynb #7a403d65
+# %% ../../nbs/34_pggan.ipynb #af6349b1
 def load_generator(
     path: str | Path,               # `.safetensors`, or a state dict saved by torch (read with `weights_only=True`)
     size: int,                      # as it was trained: side of the images in pixels
@@ -315,7 +315,7 @@ def load_generator(
     gan.generator.load_state_dict({k: weights[k] for k in own})
     kept = {k: weights[k] for k in ("grown", "directions", "prevalence", "strength", "met") if k in weights and (findings or k == "grown")}
     if bad := [k for k, v in kept.items() if v.shape != getattr(gan, k).shape]: raise ValueError(f"{path}: `{bad[0]}` is not of {len(findings)} findings: give the findings that the generator was trained with, in their order")
-    if (grown := float(kept.get("grown", gan.grown))) != float(gan.grown): raise ValueError(f"{path} had grown to level {grown:g} of {float(gan.grown):g} when it was saved: finish its training, or load what it has with size={2**(int(grown) + 2)}")
+    if (grown := float(kept.get("grown", gan.grown))) != float(gan.grown): raise ValueError(f"{path} had grown to level {grown:g} of {float(gan.grown):g} when it was saved: finish its training first")
     for k, v in kept.items(): getattr(gan, k).copy_(v)
     return gan.eval()
 
