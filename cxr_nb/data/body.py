@@ -318,7 +318,7 @@ def draw_pose(
     return Pose(view, turn, r.normal([-14, 0], [9, 6]), float(FOV*(.93 if view == "LATERAL" else 1)*np.mean(patient.scale[[0, 2]])**.8*r.uniform(.88, 1.06)),
                 float(np.clip(r.normal(12 if view == "AP" else 0, 5), -10, 24)))
 
-# %% ../../nbs/13_body.ipynb #5c1794e8
+# %% ../../nbs/13_body.ipynb #bb0a48ee
 def warp_coordinates(
     ct: Body,          # the upright body
     patient: Patient,
@@ -335,15 +335,15 @@ def warp_coordinates(
     p[0] += pose.shift[0]; p[across] += pose.shift[1]
     p[[0, across]] *= 1 + depth/SOURCE[pose.view]
     for (i, j), t in zip(((1, 2), (0, 2), (0, 1)), pose.turn): p[i], p[j] = np.cos(t)*p[i] - np.sin(t)*p[j], np.sin(t)*p[i] + np.cos(t)*p[j]
-    p = deform(ct, patient, pose.breath, p/patient.scale.reshape(3, 1, 1, 1))
+    p = deform(ct, patient, pose, p/patient.scale.reshape(3, 1, 1, 1))
     return np.stack([stretch((q/m + c).astype(np.float32), shape) for q, m, c in zip(p, ct.mm, ct.centre)]), extent/shape
 
-# %% ../../nbs/13_body.ipynb #ddafb8ac
-def deform(ct: Body, patient: Patient, breath: float, p: np.ndarray) -> list[np.ndarray]:  # mm [3 z y x], both
+# %% ../../nbs/13_body.ipynb #137d86d3
+def deform(ct: Body, patient: Patient, pose: Pose, p: np.ndarray) -> list[np.ndarray]:  # mm [3 z y x], both
     "The patient's own shape: pull-back from positions in his or her body to positions in the CT."
     nodes, (heart, arch) = p.shape[1:], ct.landmarks
     left = 1/(1 + np.exp(-p[2]/25))
-    up = (patient.diaphragm[0]*(1 - left) + patient.diaphragm[1]*left + breath)*np.exp(-((p[0] - 60)/60)**2/2)
+    up = (patient.diaphragm[0]*(1 - left) + patient.diaphragm[1]*left + pose.breath)*np.exp(-((p[0] - 60)/60)**2/2)
     random = [ndimage.zoom(f, np.array(nodes)/4, order=3) for f in patient.field]
     z, y, x = (q + d for q, d in zip(p, random))
     z = z + up - patient.slope*y
@@ -351,7 +351,7 @@ def deform(ct: Body, patient: Patient, breath: float, p: np.ndarray) -> list[np.
     thin = patient.fat/135*(1 - np.exp(-np.clip(ribs - 1, 0, None)/.45))/np.maximum(ribs, 1)
     x, y = x - x*thin, y - (y + 15)*thin
     x = x - patient.aorta*np.exp(-((x - arch[2] - 12)/24)**2 - ((z - arch[0] - 25)/50)**2 - ((y - arch[1])/45)**2)
-    return swell([z, y, x], heart, patient.heart)
+    return swell([z, y, x], heart, patient.heart*(1.06 if pose.view == "AP" else 1))     # in bed it lies across, and is fuller
 
 def swell(p, centre, scale, reach=(65, 70, 85)):
     "Pull-back of a growth by `scale` around `centre` (mm); beyond `reach` (mm, along z y x) it fades fast, so that the ribs stay."

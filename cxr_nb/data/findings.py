@@ -56,7 +56,7 @@ def texture(body: Body, r: np.random.Generator, mm: float, box: tuple[slice, ...
 
 
 
-# %% ../../nbs/14_findings.ipynb #8d8ecf91
+# %% ../../nbs/14_findings.ipynb #dff5679c
 def distance(body: Body, p: np.ndarray, box: tuple[slice, ...]) -> np.ndarray:
     "Distance of each voxel of `box` from index `p`, mm."
     return np.sqrt(sum((g + np.float32((c - q)*m))**2 for g, q, c, m in zip(body.grid(box), p, body.centre, body.mm)))
@@ -64,7 +64,8 @@ def distance(body: Body, p: np.ndarray, box: tuple[slice, ...]) -> np.ndarray:
 def hilum(body: Body, side: str) -> np.ndarray:  # index, float [3]
     "Where vessels and bronchi enter the lung."
     z, y, x = box_of(body.thorax(side))
-    return np.array([z.start + .5*(z.stop - z.start), (y.start + y.stop)/2, x.start if side == "left" else x.stop - 1], float)
+    inward = x.start + .15*(x.stop - x.start) if side == "left" else x.stop - .15*(x.stop - x.start)     # the lung reaches further, behind the heart
+    return np.array([z.start + .44*(z.stop - z.start), (y.start + y.stop)/2, inward])
 
 # %% ../../nbs/14_findings.ipynb #c6c1a4c4
 def before(body: Body) -> Body:
@@ -133,7 +134,7 @@ def cardiomegaly(body, r, side, site, extent, severity):
     label[box][share > .5] = HEART
     return replace(body, mu=new, label=label), (label == HEART) & (severity > 0)
 
-# %% ../../nbs/14_findings.ipynb #eda1ac40
+# %% ../../nbs/14_findings.ipynb #8a565257
 def pneumothorax(body, r, side, site, extent, severity):
     "Air between lung and chest wall, a fine pleural line, no vessels beyond it. Site `apical`: down to a height that `extent` gives; `complete`: all around."
     lung, mask = body.lung(side), np.zeros(body.mu.shape, bool)
@@ -141,7 +142,7 @@ def pneumothorax(body, r, side, site, extent, severity):
     root = (hilum(body, side) - [s.start for s in box]).reshape(3, 1, 1, 1)
     g = np.stack(np.broadcast_arrays(*np.ogrid[tuple(map(slice, inside.shape))])).astype(np.float32)
     reach = 1.6 if site == "complete" else .35 + .4*extent
-    shrink = 1 - (.07*min(1, 10*severity) + .45*severity)*np.clip((reach - g[0]/len(inside))/.3, 0, 1)
+    shrink = 1 - (.03*min(1, 10*severity) + .15*severity + .3*severity**2)*np.clip((reach - g[0]/len(inside))/.3, 0, 1)
     at = root + (g - root)/shrink
     deep = ndimage.distance_transform_edt(inside, sampling=body.mm) - ndimage.distance_transform_edt(~inside, sampling=body.mm)
     deep = ndimage.map_coordinates(deep.astype(np.float32), at, order=1, mode="nearest", prefilter=False)   # mm under the surface of the collapsed lung
@@ -156,16 +157,16 @@ def pneumothorax(body, r, side, site, extent, severity):
     mask[box] = air > .5; label[mask] = PLEURA[side]
     return replace(body, mu=mu.astype(np.float32), label=label), mask
 
-# %% ../../nbs/14_findings.ipynb #de2aac23
+# %% ../../nbs/14_findings.ipynb #a4920290
 def effusion(body, r, side, site, extent, severity):
     "Fluid at the base; its level rises with the severity, its meniscus climbs the chest wall with the extent."
     space = body.thorax(side); box = box_of(space); inside = space[box]
     z, x = np.arange(inside.shape[0])[:, None, None], np.arange(inside.shape[2])/inside.shape[2]
     depth = stretch(ndimage.distance_transform_edt(inside[::2, ::2, ::2], sampling=2*body.mm).astype(np.float32), inside.shape)   # mm from the wall
     out = x if side == "left" else 1 - x      # 0 at the mediastinum, 1 at the side
-    climb = (30 + 40*extent)*(np.exp(-depth/14)*(.4 + .6*out) + .7*out**2.5)/body.mm[0]
-    level = inside.shape[0]*(1 - min(1, 6*severity)*(.12 + .48*severity))
-    weight = inside*np.clip(z - level + climb*min(1, 3*severity) + .5, 0, 1)
+    climb = (30 + 40*extent)*(.6*np.exp(-depth/14)*(.4 + .6*out) + 1.1*out**3)/body.mm[0]
+    level = inside.shape[0]*(1 - min(1, 10*severity)*(.07 + .17*severity + .34*severity**2))
+    weight = inside*np.clip(z - level + climb*min(1, 4*severity, .3 + .8*severity) + .5, 0, 1)
     after, mask = fill(body, box, weight)
     label = body.label.copy(); label[mask] = PLEURA[side]
     return replace(after, label=label), mask
@@ -225,7 +226,7 @@ def hernia(body, r, side, site, extent, severity):
     after.mu[box] -= (gas*soft*.95).astype(np.float32)*np.clip(after.mu[box], 0, None)
     return after, mask
 
-# %% ../../nbs/14_findings.ipynb #5b0d8a60
+# %% ../../nbs/14_findings.ipynb #e4ba961b
 def _patch(body, r, inside, centre, radius, soft, rough, density, grain=22):
     "Fills `inside` (bool [z y x]) around an index, with an irregular edge `soft` mm wide, up to `density`."
     box = near(body, centre, radius*(1 + 2*rough))
@@ -237,10 +238,10 @@ def consolidation(body, r, side, site, extent, severity):
     lobe = body.label == LOBES[side][site]; centre = place((before(body).label == LOBES[side][site]) & seen(body, side), lobe, r)
     box, weight = _patch(body, r, lobe, centre, (35 + 65*extent)*(.5 + .5*severity), 12, .15, min(1, 6*severity)*(.3 + .55*severity))
     z, y, x = (g + np.float32((c - q)*m) for g, q, c, m in zip(body.grid(box), hilum(body, side), body.centre, body.mm))
-    for tip in centre + r.normal(0, 18, (5, 3))/body.mm:                       # air bronchograms
+    for tip in centre + r.normal(0, 25, (6, 3))/body.mm:                       # air bronchograms
         to = (tip - hilum(body, side))*body.mm
         along = np.clip((z*to[0] + y*to[1] + x*to[2])/(to@to + 1e-6), 0, 1)
-        weight = weight*np.clip((np.sqrt((z - along*to[0])**2 + (y - along*to[1])**2 + (x - along*to[2])**2) - 2.2 + along)/1.5, 0, 1)
+        weight = weight*np.clip((np.sqrt((z - along*to[0])**2 + (y - along*to[1])**2 + (x - along*to[2])**2) - 4.5 + 2*along)/1.5, 0, 1)
     return fill(body, box, weight, 1., .1)
 
 # %% ../../nbs/14_findings.ipynb #b47909ef
@@ -254,13 +255,13 @@ def infiltration(body, r, side, site, extent, severity):
     box, weight = _patch(body, r, body.lung(side), place(zone(body, side, site), body.lung(side), r), 55 + 35*extent, 45, .3, min(1, 5*severity)*(.14 + .36*severity), 30)
     return fill(body, box, weight*np.clip(1 + .8*texture(body, r, 9, box), 0, 2.5), 1., .15)
 
-# %% ../../nbs/14_findings.ipynb #7f25d92f
+# %% ../../nbs/14_findings.ipynb #2e4b041b
 def edema(body, r, side, site, extent, severity):
     "Fluid in both lungs. Site `perihilar`: the bat's wing, further out with the extent; `interstitial`: septa and bronchial walls, densest at the bases."
     lung = body.lung(); box = box_of(lung); weight = np.zeros(lung[box].shape, np.float32)
     for s in ("left", "right"):
         d = distance(body, hilum(body, s), box)
-        weight += body.lung(s)[box]*(np.exp(-(d/(55 + 25*extent))**4) if site == "perihilar" else np.exp(-(d/120)**2))
+        weight += body.lung(s)[box]*(np.exp(-(d/(58 + 27*extent))**4) if site == "perihilar" else np.exp(-(d/120)**2))
     if site == "perihilar": weight *= np.clip(1 + .45*texture(body, r, 14, box), .2, 2)*(.18 + .7*severity)
     else:
         down = np.linspace(0, 1, weight.shape[0], dtype=np.float32)[:, None, None]

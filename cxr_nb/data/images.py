@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'MIN_SIDE', 'IMAGENET_MEAN', 'IMAGENET_STD', 'SCHEMA', 'read_image', 'preprocess', 'crop_window',
-           'box_in_window', 'box_in_set', 'normalise_imagenet', 'RadiographSet', 'open_set', 'write_set', 'as_is',
-           'RadiographData', 'build_set']
+           'box_in_window', 'box_in_set', 'normalise_imagenet', 'RadiographSet', 'open_set', 'check_free', 'write_set',
+           'as_is', 'RadiographData', 'build_set']
 
 # %% ../../nbs/12_images.ipynb #d2c75621
 import errno, hashlib, io, json, os, shutil, struct
@@ -222,12 +222,19 @@ def open_set(
         raise ValueError(f"{path}: images.npy is {images.dtype} {images.shape} and the manifest has {len(manifest)} rows, but set.json says {info['n']} images of {info['size']} px; delete the folder and make the set again")
     return RadiographSet(path, manifest, annotations, images, info)
 
-# %% ../../nbs/12_images.ipynb #c5468a39
+# %% ../../nbs/12_images.ipynb #52bed056
 def _save_rows(f, images: np.ndarray, rows: np.ndarray | None) -> None:
     "Writes the rows of `images` as one .npy, some MiB at a time."
     n = len(images) if rows is None else len(rows)
     np.lib.format.write_array_header_1_0(f, dict(descr="|u1", fortran_order=False, shape=(n, *images.shape[1:])))
     for i in range(0, n, 256): f.write(np.ascontiguousarray(images[i:i + 256] if rows is None else images[rows[i:i + 256]]).data)
+
+def check_free(path: str | Path) -> None:
+    "Raises `FileExistsError` for a path that cannot become a set: a file, a set, a folder with anything but what a killed writer of sets left."
+    path = Path(path)
+    if path.exists() and not path.is_dir(): raise FileExistsError(f"{path} is a file; give an empty or a new folder")
+    if (path/"set.json").exists(): raise FileExistsError(f"{path} already holds a set; open it, give another folder, or delete that one")
+    if path.is_dir() and (alien := sorted({p.name for p in path.iterdir() if not p.name.endswith(".tmp")} - {*_PARTS, *_OTHERS})): raise FileExistsError(f"{path} holds other files ({alien[0]}); give an empty or a new folder")
 
 def write_set(
     path: str | Path,                         # folder to make; it may hold an unfinished set, but no other
@@ -241,8 +248,7 @@ def write_set(
 ) -> RadiographSet:
     "Writes a set. Raises `FileExistsError` where the folder holds a set or anything else, `ValueError` where the parts do not fit each other."
     path, n = Path(path), len(images) if rows is None else len(rows)
-    if (path/"set.json").exists(): raise FileExistsError(f"{path} already holds a set; open it, give another folder, or delete that one")
-    if path.exists() and (alien := sorted({p.name for p in path.iterdir() if not p.name.endswith(".tmp")} - {*_PARTS, *_OTHERS})): raise FileExistsError(f"{path} holds other files ({alien[0]}); give an empty or a new folder")
+    check_free(path)
     if images.dtype != np.uint8 or images.ndim != 3 or images.shape[1] != images.shape[2] or not n: raise ValueError(f"{path}: images are {images.dtype} {images.shape}; a set takes uint8 [n size size], n > 0")
     if len(manifest) != n: raise ValueError(f"{path}: {n} images, but {len(manifest)} rows in the manifest")
     if window is not None and window.shape != (n, 4): raise ValueError(f"{path}: the window is {window.shape}, not {(n, 4)}")

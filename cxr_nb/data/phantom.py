@@ -8,7 +8,7 @@ __all__ = ['PERSISTENCE', 'NOT_LUNG', 'PROMPTS', 'FINEST', 'nih_combinations', '
            'phantom_version', 'cardiothoracic_ratio', 'schedule', 'check_prevalence', 'make_phantom_set',
            'phantom_settings', 'phantom_set', 'open_dataset']
 
-# %% ../../nbs/15_phantom.ipynb #819d6f3f
+# %% ../../nbs/15_phantom.ipynb #27c995ab
 import functools, hashlib, inspect, json, os, shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from ..core import cache_dir, rng
 from .body import HEART, RIB, SOURCE, VIEWS, Body, Pose, attenuation, code_version, draw_film, draw_patient, draw_pose, expose, load_ct, pose_body
 from .findings import FINDINGS, diameter
-from .images import RadiographSet, build_set, open_set, preprocess, write_set
+from .images import RadiographSet, build_set, check_free, open_set, preprocess, write_set
 from .sources import SOURCES, as_annotations, as_manifest, check_fractions, metadata_folder, read_source, split_by_patient, split_release
 
 # %% ../../nbs/15_phantom.ipynb #0e8de48e
@@ -117,7 +117,7 @@ def position(box: tuple[float, float, float, float]) -> str:
     row, column = (["top", "middle", "bottom"][min(2, int(3*(box[1] + box[3])/2))], ["left", "center", "right"][min(2, int(3*(box[0] + box[2])/2))])
     return "center" if (row, column) == ("middle", "center") else f"{row} {column}"
 
-# %% ../../nbs/15_phantom.ipynb #5195574d
+# %% ../../nbs/15_phantom.ipynb #f482ed33
 def project(mask: np.ndarray, body: Body, share: float = 0., side: str | None = None) -> np.ndarray:  # uint8 0/1 [z x]
     "A mask as the radiograph shows it: where at least 5 mm of it, averaged over a neighbourhood of about 6 mm, lie behind a pixel (half of its greatest depth, if that is less), and at least `share` of the depth of the pleural space of `side` (None: of both)."
     behind = lambda m: ndimage.gaussian_filter(body.flat(m)*body.mm[body.axis], 2.5/body.mm[0], truncate=3)
@@ -125,7 +125,7 @@ def project(mask: np.ndarray, body: Body, share: float = 0., side: str | None = 
     keep = deep >= max(min(5., deep.max()/2), 1e-6)
     if not share: return keep.astype(np.uint8)
     keep &= deep >= share*behind(np.logical_or.reduce([body.thorax(s) for s in ([side] if side else ["left", "right"])]))
-    parts, count = ndimage.label(keep)         # without shreds, where the pleural space is thin
+    parts, _ = ndimage.label(keep)         # without shreds, where the pleural space is thin
     sizes = np.bincount(parts.ravel())[1:]
     return np.isin(parts, 1 + np.flatnonzero(sizes >= .1*sizes.max(initial=0))).astype(np.uint8)
 
@@ -232,7 +232,7 @@ def check_prevalence(prevalence: dict[str, float] | None) -> dict[str, float]:  
         if not isinstance(v, (int, float)) or not 0 <= v <= 1: raise ValueError(f"the prevalence of {k} is {v}; it is a rate between 0 and 1")
     return {k: float(prevalence[k]) for k in FINDINGS if k in prevalence}
 
-# %% ../../nbs/15_phantom.ipynb #6fcefdc0
+# %% ../../nbs/15_phantom.ipynb #52c8ead7
 def make_phantom_set(
     path: str | Path,               # folder of the new set
     n: int,                         # images
@@ -249,8 +249,7 @@ def make_phantom_set(
 ) -> RadiographSet:
     "Simulates a set. Raises `FileExistsError` where there is one already, `FileNotFoundError` without the CT, `ValueError` for a wrong setting."
     made_by = phantom_settings(n, size, seed, prevalence, together, views, images_per_patient, fractions, severity, dose)
-    if (Path(path)/"set.json").exists(): raise FileExistsError(f"{path} holds a set already: open it with open_set, or choose another folder")
-    if Path(path).exists() and (not Path(path).is_dir() or any(Path(path).iterdir())): raise FileExistsError(f"{path} is there and not empty: choose another folder")
+    check_free(path)
     if workers < 1: raise ValueError(f"workers is {workers}; at least one thread simulates")
     ct, drawn = load_ct(min(size, FINEST)), combinations(made_by["prevalence"], together)
     ct.landmarks, ct.chest      # before the threads ask for them

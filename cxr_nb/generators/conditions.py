@@ -6,7 +6,7 @@
 __all__ = ['FAMILY', 'Box', 'Condition', 'conditions_of', 'findings_matrix', 'Generator', 'seen_values', 'check_conditions',
            'restrict', 'RealCopies', 'MeanImage', 'sample_set', 'train_on', 'draw_samples', 'data_key', 'report_model']
 
-# %% ../../nbs/30_conditions.ipynb #56972180
+# %% ../../nbs/30_conditions.ipynb #c4c94a17
 import hashlib, importlib, json, time
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..core import Run, atomic, rng, to_uint8, to_unit, torch_rng
-from ..data.images import RadiographSet, write_set
+from ..data.images import RadiographSet, check_free, write_set
 from ..data.phantom import open_dataset
 from ..data.sources import as_manifest
 from ..measures.collapse import Reference, guard
@@ -149,7 +149,7 @@ class MeanImage(RealCopies):
         check_conditions(conditions, self)
         return torch.stack([to_unit(torch.from_numpy(self.data.images[self._matches(c)])).mean(0, keepdim=True) for c in conditions])
 
-# %% ../../nbs/30_conditions.ipynb #2de37512
+# %% ../../nbs/30_conditions.ipynb #31dd2ce7
 def sample_set(
     generator: Generator,         # any family
     conditions: list[Condition],  # one an image
@@ -162,7 +162,7 @@ def sample_set(
 ) -> RadiographSet:
     "Samples one image for each condition and writes them as a set. Raises `ValueError` as `check_conditions` does, before anything is sampled, `FileExistsError` where a set is there."
     check_conditions(conditions, generator)
-    if (Path(path)/"set.json").exists(): raise FileExistsError(f"{path} holds a set already: choose another folder or remove it")
+    check_free(path)
     images = []
     for i in tqdm(range(0, len(conditions), batch_size), desc=f"sampling {name}"):
         images.append(to_uint8(generator.sample(conditions[i:i + batch_size], torch_rng(seed, "sample", i)))[:, 0])
