@@ -63,6 +63,14 @@ def test_it_answers_for_what_it_has_met_only(trained):
     assert plain.conditions == frozenset() and plain.seen == {} and "findings" in batch() and plain.losses(batch())["kl"].isfinite()
 
 
+def test_what_a_condition_leaves_open_is_drawn(trained):
+    m = GMVAE(SMALL, 32, "wheel", True, findings=("Mass", "Edema", "No_Finding"))
+    m.share.copy_(torch.tensor([.8, .1, .5]))
+    y = m.labels([Condition()]*4000 + [Condition(findings={"Mass": 0., "Edema": 1.}), Condition(findings={"Mass": 0.}), Condition(findings={"No_Finding": 0.}), Condition(findings={"No_Finding": 1.})], torch_rng(0, "y"))
+    assert torch.allclose(y[:4000, :2].mean(0), torch.tensor([.8, .1]), atol=.03) and torch.equal(y[:4002, 2], 1 - y[:4002, :2].max(1).values)
+    assert y[4000].tolist() == [0, 1, 0] and y[4001, 0] == 0 and y[4002, 2] == 0 and y[4003].tolist() == [0, 0, 1] and trained[0].share.tolist() == [.5, 0]
+
+
 def test_samples_depend_on_the_generator_alone(trained):
     def draw(name):
         torch.rand(7)

@@ -9,7 +9,8 @@ from cxr_nb.core import torch_rng
 from cxr_nb.data.images import write_set
 from cxr_nb.data.sources import as_manifest
 from cxr_nb.generators.conditions import Condition
-from cxr_nb.generators.vae import MODERN, VAE, fit_prior, train_vae
+from cxr_nb.generators.vae import MODERN, VAE, encode_set, fit_prior, train_vae
+from cxr_nb.measures.collapse import active_units, complaints
 
 TINY = dict(channels=[2, 4], latent=3, batch_size=4, lr=1e-3, seed=0, checkpoint_seconds=1e9, progress=False)
 RECIPES = {"published": dict(beta=.5, reconstruction="mean"), "modern": MODERN}
@@ -46,6 +47,20 @@ def test_weights_and_prior_go_through_a_file(data, tmp_path):
     again.load_state_dict(load_file(tmp_path/"a.safetensors"))
     asked = [Condition(findings={"Mass": 1.}), Condition()]
     assert again.seen == vae.seen == {"Mass": {0., 1.}, "Edema": {0.}} and torch.equal(again.sample(asked, torch_rng(0, "s")), vae.sample(asked, torch_rng(0, "s")))
+
+
+def test_a_finding_that_is_not_named_counts_by_its_share(data):
+    vae = fit_prior(VAE(16, 3, (2, 4), findings=("Mass", "Edema")), data, np.arange(12)).eval()
+    vae.prior_factor.zero_()      # no noise: a sample is the decoded mean
+    def code(mass): return vae.prior_mean[0] + mass*vae.prior_mean[1]
+    made = vae.sample([Condition(findings={"Edema": 0.}), Condition(findings={"Mass": 1.})], torch_rng(0, "s"))
+    assert vae.share.tolist() == [.5, 0] and torch.allclose(made, vae.decoder(torch.stack([code(.5), code(1)])), atol=1e-6) and not torch.allclose(code(.5), code(0))
+
+
+def test_a_vae_that_is_pressed_to_its_prior_collapses_and_the_guard_says_so(data, tmp_path):
+    pressed, free = (train(data, tmp_path/str(b), 150, beta=b, reconstruction="mean", lr=1e-2) for b in (1e3, 1e-6))
+    active = [active_units(*encode_set(m, data, np.arange(12))) for m in (pressed, free)]
+    assert active == [0, 3] and [len(complaints(a)) for a in active] == [1, 0]
 
 
 def test_images_do_not_depend_on_their_neighbours_nor_change_the_model(data):

@@ -197,9 +197,9 @@ def data_key(data: RadiographSet) -> str:
     "Eight digits of how a set was made, whatever the size to which it was averaged down."
     return hashlib.sha256(json.dumps({k: v for k, v in data.info["made_by"].items() if k != "resized"}, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
-# %% ../../nbs/30_conditions.ipynb #de88cabd
+# %% ../../nbs/30_conditions.ipynb #357c646d
 FAMILY = ("model", "made_the_set", "size", "data", "parameters", "steps", "batch_size", "error", "error_lo", "error_hi", "active_units", "units",
-          "samples", "different", "to_training", "to_lo", "to_hi", "spread", "spread_lo", "spread_hi", "complaints")
+          "samples", "different", "to_training", "to_lo", "to_hi", "spread", "spread_lo", "spread_hi", "note", "complaints")
 
 def report_model(
     run: Run,
@@ -217,11 +217,13 @@ def report_model(
     active_units: int | None = None,     # code dimensions in use, None: there is no code of that kind
     units: int | None = None,            # of how many
     accuracy: np.ndarray | None = None,  # of the discriminator, step by step; None where there is none, or where it is meant to be right
+    components: float | None = None,     # of a mixture prior that images tell apart
+    note: str = "",                      # what a reader of the table must know, e.g. what stands in for what
     history: History | None = None,      # what the training left, for its time
 ) -> dict:                         # the columns of FAMILY
     "Draws and measures samples, writes the measures into the run and the samples to `samples/NAME.npy`, and gives the model's row."
     images, seconds = draw_samples(model, restrict(conditions, model.conditions), seed)
-    g = guard(images, against, rng(seed, "guard", name), active=active_units, error=error, accuracy=accuracy)
+    g = guard(images, against, rng(seed, "guard", name), active=active_units, error=error, accuracy=accuracy, components=components)
     with atomic(run.dir/"samples"/f"{name.replace(' ', '-')}.npy") as tmp: np.save(tmp, images)
     parameters = sum(p.numel() for p in model.parameters())
     if error: run.metric("reconstruction error, as a share of the mean image's", error.value, n=error.n, interval=error.interval, how=error.how, group=name, headline=True)
@@ -232,4 +234,4 @@ def report_model(
     run.metric("parameters", parameters, n=1, group=name); run.cost(f"sampling 1,000 images, {name}", seconds, "s")
     if history and steps > history.resumed: run.cost(f"training on 1,000 images, {name}", history.seconds*1000/((steps - history.resumed)*batch_size), "s")
     return dict(zip(FAMILY, (name, made_the_set, data.size, data_key(data), parameters, steps, batch_size, *((error.value, *error.interval) if error else (None,)*3), active_units, units,
-                             g["n"], g["different"], g["to_train"].value, *g["to_train"].interval, g["spread"].value, *g["spread"].interval, "; ".join(g["said"]))))
+                             g["n"], g["different"], g["to_train"].value, *g["to_train"].interval, g["spread"].value, *g["spread"].interval, note, "; ".join(g["said"]))))

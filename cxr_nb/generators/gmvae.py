@@ -27,7 +27,7 @@ from .vae import free_bits, spectral_loss
 from ..measures.classifier import load_weights, wheel_weights
 from ..train import History, evaluating, fit
 
-# %% ../../nbs/32_gmvae.ipynb #388a194b
+# %% ../../nbs/32_gmvae.ipynb #e56dffd3
 @dataclass(frozen=True)
 class Version:
     "Settings of one version; the first six as in Table 4 of vae-gmvae-gan."
@@ -42,6 +42,7 @@ class Version:
     free_bits: float = 0.           # nats of each dimension that cost nothing more; only with "bound"
     spectral: float = 0.            # weight of the spectral loss
     start: str = "linear"           # how z becomes the first map: "linear" or "broadcast"
+    apart: float = 0.               # distance of two components' means at the start, in their deviations; 0: next to nothing
 
 VERSIONS = {
     "FS-GMVAE V1": Version(1000, 50, True, True, "VGG16", "Linear Layers", conditional=True),
@@ -64,15 +65,16 @@ def chosen(
     if isinstance(version, str) and version not in VERSIONS: raise ValueError(f"there is no version {version!r}; the table has {', '.join(VERSIONS)}")
     return replace(VERSIONS[version] if isinstance(version, str) else version, **{k: v for k, v in other.items() if v != ""})
 
-# %% ../../nbs/32_gmvae.ipynb #6cac7072
+# %% ../../nbs/32_gmvae.ipynb #a39326db
 class MixturePrior(nn.Module):
     "K Gaussians with diagonal covariances and equal weights; means and log-variances are learnt."
     def __init__(self,
         k: int,  # components
         d: int,  # dimensions
+        apart: float = 0.,  # distance of two means at the start, in deviations; 0: sqrt(2/k)
     ):
         super().__init__()
-        self.mean, self.logvar = nn.Parameter(torch.randn(k, d)/(k*d)**.5), nn.Parameter(torch.zeros(k, d))
+        self.mean, self.logvar = nn.Parameter(torch.randn(k, d)*(apart/(2*d)**.5 if apart else 1/(k*d)**.5)), nn.Parameter(torch.zeros(k, d))
 
     def log_components(self, z: Tensor) -> Tensor:  # [b d] -> [b k]
         "log N(z; mu_k, sigma_k^2) for each component, in nats."
@@ -208,7 +210,7 @@ def make_decoder(
     up = [nn.Sequential(nn.ConvTranspose2d(a, b, 4, 2, 1), *([nn.BatchNorm2d(b), nn.ReLU()] if i < last else [nn.Tanh()])) for i, (a, b) in enumerate(zip(c, c[1:]))]
     return nn.Sequential(first, *up)
 
-# %% ../../nbs/32_gmvae.ipynb #544d4379
+# %% ../../nbs/32_gmvae.ipynb #834ae7b0
 class GMVAE(nn.Module):
     "Any version of `VERSIONS`. Raises `ValueError` for sizes and settings that do not fit, and as `FeatureEncoder` does."
     def __init__(self,
@@ -235,8 +237,9 @@ class GMVAE(nn.Module):
         if not v.transition and 2*flat*v.z > most: raise ValueError(f"without the transition net, mean and log-variance at {size} px need {2*flat*v.z:,} weights: take a smaller size or a version with the transition net")
         self.trunk = nn.Sequential(nn.Conv2d(c, 300, 1), nn.BatchNorm2d(300), nn.ReLU(), nn.AdaptiveMaxPool2d(1), nn.Flatten()) if v.transition else nn.Flatten()
         self.mean, self.logvar = (nn.Linear(300 if v.transition else flat, v.z) for _ in range(2))
-        self.prior = MixturePrior(v.k, v.z)
+        self.prior = MixturePrior(v.k, v.z, v.apart)
         self.decoder = make_decoder(v.decoder, v.z + len(self.findings), size, v.start)
+        self.register_buffer("share", torch.zeros(len(self.findings)))                     # of each finding among the training images
         self.register_buffer("met", torch.zeros(len(self.findings), 2, dtype=torch.bool))  # whether a training image lacks, and shows, each finding
 
     @property
@@ -253,7 +256,7 @@ class GMVAE(nn.Module):
         "Three channels; `y` is 1, 0 or NaN (which counts as 0) and is needed by FS-GMVAE only."
         return self.decoder(torch.cat([z, y.to(z).nan_to_num()], 1) if self.findings else z)
 
-# %% ../../nbs/32_gmvae.ipynb #a181d85e
+# %% ../../nbs/32_gmvae.ipynb #cb2dbbee
 @patch
 def losses(self: GMVAE, batch: dict[str, Tensor], step: int = 0) -> dict[str, Tensor]:
     "Squared error, beta-weighted KL and, where it has a weight, the spectral loss; each a mean over the batch."
@@ -267,11 +270,23 @@ def losses(self: GMVAE, batch: dict[str, Tensor], step: int = 0) -> dict[str, Te
     return {"reconstruction": over(((made - x)**2).mean(1)), "kl": self.beta*kl} | ({"spectral": v.spectral*over(spectral_loss(made.mean(1), x[:, 0]))} if v.spectral else {})
 
 @patch
+def labels(self: GMVAE, conditions: list[Condition], rng: torch.Generator) -> Tensor:  # 0 or 1, [n f]
+    "The findings of each condition; what it leaves open is drawn."
+    y = torch.from_numpy(findings_matrix(conditions, self.findings)).to(self.share)
+    open_, drawn = y.isnan(), torch.rand(y.shape, generator=rng, device=rng.device).to(y) < self.share
+    y = torch.where(open_, drawn.to(y), y)
+    if "No_Finding" in self.findings:
+        j = self.findings.index("No_Finding"); left, healthy = open_[:, j].clone(), ~open_[:, j] & (y[:, j] == 1)
+        y[open_ & healthy[:, None]] = 0; y[left, j] = 0
+        y[left, j] = 1 - y[left].max(1).values
+    return y
+
+@patch
 @torch.no_grad()
 def sample(self: GMVAE, conditions: list[Condition], rng: torch.Generator) -> Tensor:  # [n 1 h w] in [-1, 1]
     "Decodes draws from the mixture, with the findings asked for where the version knows findings. Raises `ValueError` as `check_conditions` does."
     check_conditions(conditions, self)
-    y = torch.from_numpy(findings_matrix(conditions, self.findings)).to(self.met.device) if self.findings else None
+    y = self.labels(conditions, rng) if self.findings else None
     with evaluating(self): return self.decode(self.prior.sample(len(conditions), rng), y).mean(1, keepdim=True)
 
 @patch
@@ -281,7 +296,7 @@ def reconstruct(self: GMVAE, x: Tensor, y: Tensor | None = None) -> Tensor:  # [
     device = self.met.device
     with evaluating(self): return self.decode(self.encode(x.to(device))[0], None if y is None else y.to(device)).mean(1, keepdim=True)
 
-# %% ../../nbs/32_gmvae.ipynb #153b1d3a
+# %% ../../nbs/32_gmvae.ipynb #b907a5dd
 def train_gmvae(
     data: RadiographSet,      # the training set
     rows: np.ndarray,         # positions of its training images
@@ -299,12 +314,14 @@ def train_gmvae(
     encoder: str = "",        # in the place of the table's; "" leaves it
     objective: str = "",      # the same
     start: str = "",          # the same
+    apart: float | str = "",  # the same
     **options,                # passed to `fit`: precision, checkpoint_every, callbacks ...
 ) -> tuple[GMVAE, History]:  # the trained model, and what the fit left
     "Trains a version on a set; goes on from the last checkpoint in `out`. Raises `ValueError` as `GMVAE` and `fit` do."
-    v = chosen(version, encoder=encoder, objective=objective, start=start)
+    v = chosen(version, encoder=encoder, objective=objective, start=start, apart=apart)
     with seeded(seed, "gmvae"): model = GMVAE(v, data.size, weights, frozen, reconstruction, beta, tuple(data.findings))
     known = seen_values(data, rows)
+    model.share.copy_(torch.from_numpy(data.manifest[model.findings].iloc[rows].fillna(0).to_numpy(np.float32).mean(0)))
     model.met.copy_(torch.tensor([[x in known[f] for x in (0., 1.)] for f in model.findings], dtype=torch.bool).reshape(-1, 2))
     history = fit(model, RadiographData(data, rows, data.findings), out=Path(out), steps=steps, batch_size=batch_size, seed=seed,
                   optimizers=lambda m: torch.optim.Adam([p for p in m.parameters() if p.requires_grad], lr=lr, fused=True),

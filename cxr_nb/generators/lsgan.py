@@ -63,10 +63,10 @@ RECIPES = {
     "modern": Recipe(lambda s: F.relu(1 - s).mean(), lambda s: F.relu(1 + s).mean(), lambda s: -s.mean(), 0., "spectral", ("discriminator", "generator"), True),
 }
 
-# %% ../../nbs/33_lsgan.ipynb #12bbe2cb
+# %% ../../nbs/33_lsgan.ipynb #852ddb04
 def passes(recipe: str) -> int:
     "What a step of a recipe costs, in passes through a network."
-    return sum(7 if p == "discriminator" else 6 for p in RECIPES[recipe].phases)
+    return sum(7 if p == "discriminator" else 5 for p in RECIPES[recipe].phases)
 
 def steps_at_equal_cost(recipe: str, generator_steps: int) -> int:  # generator steps of the published recipe -> generator steps of this one
     "Generator steps that cost as much as `generator_steps` of the published recipe, rounded to whole steps, at least one."

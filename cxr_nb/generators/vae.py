@@ -77,7 +77,7 @@ def spectral_loss(
 # %% ../../nbs/31_vae.ipynb #2e14add9
 MODERN = dict(beta=1., reconstruction="sum", free_bits=.25, spectral=.01)  # the control's settings
 
-# %% ../../nbs/31_vae.ipynb #458c2066
+# %% ../../nbs/31_vae.ipynb #37c5a4ba
 class VAE(nn.Module):
     "The VAE of vae-gmvae-gan; with the defaults its parameter counts are those of Table 5. Raises `ValueError` for a size that five halvings do not fit."
     conditions = frozenset({"findings"})  # a condition without findings is a draw from N(0, I)
@@ -102,6 +102,7 @@ class VAE(nn.Module):
         f = len(self.findings)
         self.register_buffer("prior_mean", torch.zeros(f + 1, latent))  # row 0: intercept, then a direction for each finding
         self.register_buffer("prior_factor", torch.eye(latent))         # Cholesky factor of the residual covariance
+        self.register_buffer("share", torch.zeros(f))                   # of each finding among the training images
         self.register_buffer("met", torch.zeros(f, 2, dtype=torch.bool))  # whether a training image lacks, and shows, each finding
 
     @property
@@ -123,7 +124,7 @@ class VAE(nn.Module):
         parts = {"reconstruction": over(F.mse_loss(made, x, reduction="none")), "kl": self.beta*free_bits(kl_to_standard(mu, logvar), self.floor)}
         return parts | ({"spectral": self.spectral*over(spectral_loss(made[:, 0], x[:, 0]))} if self.spectral else {})
 
-# %% ../../nbs/31_vae.ipynb #ef063ab9
+# %% ../../nbs/31_vae.ipynb #ced0a126
 @patch
 @torch.no_grad()
 def reconstruct(self: VAE, x: Tensor) -> Tensor:  # [b 1 h w] in [-1, 1], both
@@ -137,12 +138,13 @@ def sample(self: VAE, conditions: list[Condition], rng: torch.Generator) -> Tens
     check_conditions(conditions, self)
     device = self.prior_mean.device
     noise = torch.randn(len(conditions), self.prior_mean.shape[1], generator=rng, device=rng.device).to(device)
-    y = torch.from_numpy(np.nan_to_num(findings_matrix(conditions, self.findings))).to(device)
+    y = torch.from_numpy(findings_matrix(conditions, self.findings)).to(self.share)
+    y = torch.where(y.isnan(), self.share, y)
     fitted = self.prior_mean[0] + y @ self.prior_mean[1:] + noise @ self.prior_factor.T
     asked = torch.tensor([bool(c.findings) for c in conditions], device=device)[:, None]
     with evaluating(self): return self.decoder(torch.where(asked, fitted, noise))
 
-# %% ../../nbs/31_vae.ipynb #d836df20
+# %% ../../nbs/31_vae.ipynb #a184538e
 @torch.no_grad()
 def encode_set(
     vae: VAE,
@@ -168,7 +170,7 @@ def fit_prior(
     cov = ledoit_wolf(z - ridge.predict(y))[0] + np.diag(logvar.exp().mean(0).double().cpu().numpy())
     vae.prior_mean.copy_(torch.from_numpy(np.vstack([ridge.intercept_, ridge.coef_.T])))
     vae.prior_factor.copy_(torch.from_numpy(np.linalg.cholesky(cov)))
-    seen = seen_values(data, rows)
+    seen = seen_values(data, rows); vae.share.copy_(torch.from_numpy(y.mean(0)))
     vae.met.copy_(torch.tensor([[v in seen[f] for v in (0., 1.)] for f in vae.findings], dtype=torch.bool).reshape(-1, 2))
     return vae
 
