@@ -3,12 +3,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import torch.nn.functional as F
 
 from cxr_nb.core import seeded, torch_rng
 from cxr_nb.data.images import write_set
 from cxr_nb.data.sources import as_manifest
 from cxr_nb.generators.conditions import Condition
-from cxr_nb.generators.pggan import RECIPES, PGGAN, fit_directions, growth_schedule, load_generator, train_pggan
+from cxr_nb.generators.pggan import RECIPES, PGGAN, fit_directions, growth_schedule, load_generator, pixel_norm, train_pggan
 
 SMALL = dict(latent=6, base=16, most=4)
 TRAIN = SMALL | dict(fade=8, stable=8, extra=0, batch_size=4, lr=.001, ema=.9, seed=0, progress=False)
@@ -101,3 +102,30 @@ def test_a_generator_that_has_not_grown_up_is_refused(tmp_path):
     torch.save(gan.state_dict(), tmp_path/"half.pt")
     with pytest.raises(ValueError, match="grown to level 0.5 of 2"): load_generator(tmp_path/"half.pt", 16, 6, 32, 4)
     with pytest.raises(ValueError, match="give size=16"): load_generator(tmp_path/"half.pt", 8, 6, 32, 4)
+
+
+def test_a_generator_of_segals_code_gives_its_images(tmp_path):
+    "Its forward pass is written out here: He's constant also before the biases, no pixel norm after the first layer."
+    r, c = torch_rng(0, "segal"), (8, 8, 4)
+    def layer(o, *i): return torch.randn(o, *i, generator=r), torch.randn(o, generator=r)
+    layers = {"latent_linear.0": layer(16*8, 6), "init_conv.0": layer(8, 8, 3, 3)} | {f"toRGB.{s}": layer(3, i, 1, 1) for s, i in enumerate(c)}
+    for s, (i, o) in enumerate(zip(c, c[1:])): layers |= {f"ScaleBlocks.{s}.convolv.0": layer(o, i, 3, 3), f"ScaleBlocks.{s}.convolv.3": layer(o, o, 3, 3)}
+    def run(name, x):
+        w, b = layers[name]
+        return (2/w[0].numel())**.5*(F.linear(x, w, b) if w.ndim == 2 else F.conv2d(x, w, b, padding=w.shape[-1]//2))
+    z = torch.randn(5, 6, generator=r)
+    x = pixel_norm(F.leaky_relu(run("init_conv.0", F.leaky_relu(run("latent_linear.0", pixel_norm(z)), .2).view(-1, 8, 4, 4)), .2))
+    for s in range(2):
+        x = F.interpolate(x, scale_factor=2, mode="nearest")
+        for i in (0, 3): x = pixel_norm(F.leaky_relu(run(f"ScaleBlocks.{s}.convolv.{i}", x), .2))
+    image = run("toRGB.2", x)
+    state = {f"{n}.module.{k}": v for n, wb in layers.items() for k, v in zip(("weight", "bias"), wb)} | {"alpha": torch.tensor(0), "current_size": torch.tensor(16)}
+    torch.save({"state_dict": state, "settings": {"channel_depth": [8, 8, 4]}}, tmp_path/"g.pth")
+    grey, colour = (load_generator(tmp_path/"g.pth", 16, 6, 32, 8, channels) for channels in (1, 3))
+    torch.save(grey.state_dict(), tmp_path/"own.pt")
+    with torch.no_grad():
+        assert torch.allclose(colour.generate(z), image, atol=1e-5) and torch.allclose(grey.generate(z), image.mean(1, keepdim=True), atol=1e-5)
+        assert torch.equal(load_generator(tmp_path/"own.pt", 16, 6, 32, 8).generate(z), grey.generate(z))
+    torch.save({"state_dict": state | {"alpha": torch.tensor(.5)}}, tmp_path/"half.pth")
+    with pytest.raises(ValueError, match="faded in"): load_generator(tmp_path/"half.pth", 16, 6, 32, 8)
+    with pytest.raises(ValueError, match="give size=16"): load_generator(tmp_path/"g.pth", 32, 6, 64, 8)

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['LOSSES', 'RECIPES', 'PASSES', 'EqualConv', 'pixel_norm', 'batch_deviation', 'up', 'at_resolution', 'widths',
            'PixelNorm', 'Generator', 'Discriminator', 'input_gradient', 'wgan_gp', 'relativistic', 'growth_schedule',
-           'growth_at', 'PGGAN', 'pass_flops', 'steps_at_equal_cost', 'fit_directions', 'load_generator', 'LogGrowth',
-           'train_pggan', 'embed', 'project', 'mean_directions', 'read_logits', 'regress_directions', 'walk']
+           'growth_at', 'PGGAN', 'pass_flops', 'steps_at_equal_cost', 'fit_directions', 'from_segal', 'load_generator',
+           'LogGrowth', 'train_pggan', 'embed', 'project', 'mean_directions', 'read_logits', 'regress_directions',
+           'walk']
 
 # %% ../../nbs/34_pggan.ipynb #a5ae2d7e
 import math
@@ -89,16 +90,18 @@ class PixelNorm(nn.Module):
 def _block(*layers: EqualConv, norm: bool) -> nn.Sequential:
     return nn.Sequential(*(m for l in layers for m in (l, nn.LeakyReLU(.2), *([PixelNorm()] if norm else []))))
 
-# %% ../../nbs/34_pggan.ipynb #a3cf7d67
+# %% ../../nbs/34_pggan.ipynb #6a337c62
 class Generator(nn.Module):
     "From z to an image of any of the resolutions (Karras et al. 2018, Table 2)."
     def __init__(self,
         c: list[int],   # feature maps, from `widths`
         latent: int,    # dimensions of z
         channels: int,  # of the image
+        dense: bool = False,  # whether the first layer has a bias for each pixel and no pixel norm after it, as in the code of Segal et al.
     ):
         super().__init__()
         self.start = _block(EqualConv(latent, c[0], 4, 3), EqualConv(c[0], c[0], 3, 1), norm=True)
+        if dense: self.start[0], self.start[2] = nn.Sequential(EqualConv(latent, 16*c[0], 1), nn.Flatten(), nn.Unflatten(1, (c[0], 4, 4))), nn.Identity()
         self.blocks = nn.ModuleList(_block(EqualConv(i, o, 3, 1), EqualConv(o, o, 3, 1), norm=True) for i, o in zip(c, c[1:]))
         self.to_image = nn.ModuleList(EqualConv(i, channels, 1, gain=1) for i in c)
 
@@ -197,7 +200,7 @@ def growth_at(
         if step < 0: break
     return resolution, 1.
 
-# %% ../../nbs/34_pggan.ipynb #cb58f5d3
+# %% ../../nbs/34_pggan.ipynb #e9c9fde3
 class PGGAN(nn.Module):
     "Generator and critic of Karras et al. (2018). Raises `ValueError` for a size, a loss or a schedule that does not fit."
     conditions = frozenset({"findings"})  # once directions are fitted; a condition without findings is a plain draw
@@ -214,13 +217,14 @@ class PGGAN(nn.Module):
         weight: float = 10.,           # of the gradient penalty: lambda, or gamma
         drift: float = .001,           # weight of the drift term
         findings: tuple[str, ...] = (),  # findings that it can be asked for once `fit_directions` has met them
+        dense: bool = False,           # as of `Generator`
     ):
         super().__init__()
         if loss not in LOSSES: raise ValueError(f"loss is one of {', '.join(LOSSES)}, not `{loss}`")
         c, own = widths(size, base, most), [2**k for k in range(2, size.bit_length())]
         if schedule and [r for r, *_ in schedule] != own: raise ValueError(f"the schedule has the resolutions {[r for r, *_ in schedule]}; a network of {size} px needs {own}")
         self.size, self.latent, self.loss, self.schedule, self.weight, self.drift = size, latent, loss, schedule or ((size, 0, 1),), weight, drift
-        self.generator, self.discriminator, self.findings, f = Generator(c, latent, channels), Discriminator(c, channels, deviation), list(findings), len(findings)
+        self.generator, self.discriminator, self.findings, f = Generator(c, latent, channels, dense), Discriminator(c, channels, deviation), list(findings), len(findings)
         self.register_buffer("grown", torch.tensor(float(len(c) - 1)))     # how far it has grown: 0 at 4 px, 1 at 8 px; in between while fading
         self.register_buffer("directions", torch.zeros(f, latent))         # unit vectors; zero where none is fitted
         self.register_buffer("prevalence", torch.zeros(f))                 # share of each finding among the training images
@@ -322,9 +326,27 @@ def fit_directions(
     gan.met.copy_(torch.tensor([[g and v in seen[f] for v in (0., 1.)] for f, g in zip(gan.findings, given)], dtype=torch.bool).reshape(-1, 2))
     return gan
 
-# %% ../../nbs/34_pggan.ipynb #af6349b1
+# %% ../../nbs/34_pggan.ipynb #9b4aaae4
+def from_segal(
+    given: dict[str, Tensor],  # a generator's weights by the names of Segal et al.'s code
+    channels: int,             # of the image: as many as there, or 1 for the mean of them
+) -> dict[str, Tensor]:        # the same function by the names of this module, for a `dense` generator
+    "Translates the weights of Segal et al. (2021). Raises `ValueError` for a generator that was saved while a resolution was faded in."
+    if float(given.get("alpha", 0)) > 0: raise ValueError("the generator was saved while a resolution was faded in: finish its training first")
+    found = {}
+    def take(name, to, gain=1., pick=lambda t: t):   # gain: their constant over ours
+        w, b = given[f"{name}.module.weight"], given[f"{name}.module.bias"]
+        found[f"{to}.weight"], found[f"{to}.bias"] = pick(w)*gain, pick(b)*math.sqrt(2/w[0].numel())
+    take("latent_linear.0", "start.0.0", pick=lambda t: t[..., None, None] if t.ndim == 2 else t); take("init_conv.0", "start.3")
+    stages = sum(k.startswith("toRGB.") and k.endswith(".weight") for k in given)
+    for s in range(stages - 1):
+        for i in (0, 3): take(f"ScaleBlocks.{s}.convolv.{i}", f"blocks.{s}.{i}")
+    for s in range(stages): take(f"toRGB.{s}", f"to_image.{s}", 2**.5, lambda t: t if len(t) == channels else t.mean(0, keepdim=True))
+    return found
+
+# %% ../../nbs/34_pggan.ipynb #e4342bbc
 def load_generator(
-    path: str | Path,               # `.safetensors`, or a state dict saved by torch (read with `weights_only=True`)
+    path: str | Path,               # `.safetensors`, or a state dict saved by torch (read with `weights_only=True`), by itself or as `state_dict`
     size: int,                      # as it was trained: side of the images in pixels
     latent: int = 512,              # dimensions of z
     base: int = 8192,               # feature maps at stage s: min(base/2^s, most)
@@ -337,9 +359,11 @@ def load_generator(
     if not path.is_file(): raise FileNotFoundError(f"no weights of a generator at {path}: give the path of a safetensors file or of a torch state dict, e.g. ema.safetensors of a checkpoint")
     try: given = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e: raise ValueError(f"{path} cannot be read as a state dict ({type(e).__name__}): give a safetensors file, or tensors by name saved with torch.save") from e
+    if isinstance(given, dict) and isinstance(given.get("state_dict"), dict): given = given["state_dict"]
     if not isinstance(given, dict) or not all(isinstance(v, Tensor) for v in given.values()): raise ValueError(f"{path} is no state dict: it must hold tensors by name and nothing else")
-    gan = PGGAN(size, latent, base, most, channels, findings=findings)
     weights = {k.removeprefix("generator."): v for k, v in given.items() if not k.startswith("discriminator.")}
+    if segal := "latent_linear.0.module.weight" in weights: weights = from_segal(weights, channels)
+    gan = PGGAN(size, latent, base, most, channels, findings=findings, dense=segal or "start.0.0.weight" in weights)
     own, have = gan.generator.state_dict(), sum(k.startswith("to_image.") and k.endswith(".weight") for k in weights)
     if have > len(gan.generator.to_image): raise ValueError(f"{path} holds a generator up to {2**(have + 1)} px: give size={2**(have + 1)}")
     if 0 < have < len(gan.generator.to_image): raise ValueError(f"{path} holds a generator up to {2**(have + 1)} px, which lacks the layers for {size} px: give size={2**(have + 1)}")
