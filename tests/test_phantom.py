@@ -31,7 +31,7 @@ def release(tmp_path):
 
 def test_the_same_patient_and_findings_at_another_resolution():
     make = combinations({"Mass": 1., "Effusion": 1., "Pneumothorax": 1.})
-    (_, small, a, ma), (_, large, _, mb) = simulate(0, 0, 0, 64, 3, make), simulate(0, 0, 0, 128, 3, make)
+    (_, small, a, ma), (_, large, _, mb) = (simulate(0, 0, 0, size, 3, make, severity=.7) for size in (64, 128))
     assert small["text"] == large["text"] and small["view"] == large["view"]
     for x, m, n in zip(a, ma, mb):
         n = n.reshape(64, 2, 64, 2).mean((1, 3)) >= .5
