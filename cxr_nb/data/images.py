@@ -222,7 +222,7 @@ def open_set(
         raise ValueError(f"{path}: images.npy is {images.dtype} {images.shape} and the manifest has {len(manifest)} rows, but set.json says {info['n']} images of {info['size']} px; delete the folder and make the set again")
     return RadiographSet(path, manifest, annotations, images, info)
 
-# %% ../../nbs/12_images.ipynb #52bed056
+# %% ../../nbs/12_images.ipynb #59d5f414
 def _save_rows(f, images: np.ndarray, rows: np.ndarray | None) -> None:
     "Writes the rows of `images` as one .npy, some MiB at a time."
     n = len(images) if rows is None else len(rows)
@@ -236,6 +236,7 @@ def check_free(path: str | Path) -> None:
     if (path/"set.json").exists(): raise FileExistsError(f"{path} already holds a set; open it, give another folder, or delete that one")
     if path.is_dir() and (alien := sorted({p.name for p in path.iterdir() if not p.name.endswith(".tmp")} - {*_PARTS, *_OTHERS})): raise FileExistsError(f"{path} holds other files ({alien[0]}); give an empty or a new folder")
 
+# %% ../../nbs/12_images.ipynb #b1147082
 def write_set(
     path: str | Path,                         # folder to make; it may hold an unfinished set, but no other
     images: np.ndarray,                       # uint8 [n size size]

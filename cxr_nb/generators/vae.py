@@ -77,7 +77,7 @@ def spectral_loss(
 # %% ../../nbs/31_vae.ipynb #2e14add9
 MODERN = dict(beta=1., reconstruction="sum", free_bits=.25, spectral=.01)  # the control's settings
 
-# %% ../../nbs/31_vae.ipynb #37c5a4ba
+# %% ../../nbs/31_vae.ipynb #67dcafbd
 class VAE(nn.Module):
     "The VAE of vae-gmvae-gan; with the defaults its parameter counts are those of Table 5. Raises `ValueError` for a size that five halvings do not fit."
     conditions = frozenset({"findings"})  # a condition without findings is a draw from N(0, I)
@@ -110,19 +110,22 @@ class VAE(nn.Module):
         "The values of each finding among the images that the prior was fitted to; empty before `fit_prior`."
         return {f: {float(v) for v in (0, 1) if m[v]} for f, m in zip(self.findings, self.met.tolist())}
 
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:  # [b 1 h w] in [-1, 1] -> two of [b latent]
-        "Mean and log-variance of q(z|x)."
-        h = self.encoder(x).flatten(1)
-        return self.mean(h), self.logvar(h)
+# %% ../../nbs/31_vae.ipynb #92640686
+@patch
+def encode(self: VAE, x: Tensor) -> tuple[Tensor, Tensor]:  # [b 1 h w] in [-1, 1] -> two of [b latent]
+    "Mean and log-variance of q(z|x)."
+    h = self.encoder(x).flatten(1)
+    return self.mean(h), self.logvar(h)
 
-    def losses(self, batch: dict[str, Tensor], step: int = 0) -> dict[str, Tensor]:
-        "Squared error, beta-weighted KL and, where it has a weight, the spectral loss, each a mean over the batch; errors are a sum or a mean over pixels, the KL a sum over dimensions."
-        x = to_unit(batch["image"]).to(self.prior_mean.dtype)
-        mu, logvar = self.encode(x)
-        made = self.decoder(mu + (logvar/2).exp()*torch.randn_like(mu))
-        over = (lambda e: e.flatten(1).sum(1).mean()) if self.reconstruction == "sum" else torch.mean
-        parts = {"reconstruction": over(F.mse_loss(made, x, reduction="none")), "kl": self.beta*free_bits(kl_to_standard(mu, logvar), self.floor)}
-        return parts | ({"spectral": self.spectral*over(spectral_loss(made[:, 0], x[:, 0]))} if self.spectral else {})
+@patch
+def losses(self: VAE, batch: dict[str, Tensor], step: int = 0) -> dict[str, Tensor]:
+    "Squared error, beta-weighted KL and, where it has a weight, the spectral loss, each a mean over the batch; errors are a sum or a mean over pixels, the KL a sum over dimensions."
+    x = to_unit(batch["image"]).to(self.prior_mean.dtype)
+    mu, logvar = self.encode(x)
+    made = self.decoder(mu + (logvar/2).exp()*torch.randn_like(mu))
+    over = (lambda e: e.flatten(1).sum(1).mean()) if self.reconstruction == "sum" else torch.mean
+    parts = {"reconstruction": over(F.mse_loss(made, x, reduction="none")), "kl": self.beta*free_bits(kl_to_standard(mu, logvar), self.floor)}
+    return parts | ({"spectral": self.spectral*over(spectral_loss(made[:, 0], x[:, 0]))} if self.spectral else {})
 
 # %% ../../nbs/31_vae.ipynb #ced0a126
 @patch

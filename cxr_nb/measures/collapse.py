@@ -27,7 +27,7 @@ def active_units(
     between = mu.var(0)
     return int((between > threshold*(between + logvar.exp().mean(0))).sum())
 
-# %% ../../nbs/26_collapse.ipynb #62b655db
+# %% ../../nbs/26_collapse.ipynb #0b83bcb0
 def spread(
     images: np.ndarray,                 # uint8 or float, [n h w]
     weights: np.ndarray | None = None,  # how often each image counts in each resample, [b n]
@@ -38,6 +38,7 @@ def spread(
     for p in (x[:, i:i + step].astype(float) for i in range(0, x.shape[1], step)): s = s + np.sqrt(((w @ p**2)/total - ((w @ p)/total)**2).clip(0)).sum(1)
     return float(s[0])/x.shape[1] if weights is None else s/x.shape[1]
 
+# %% ../../nbs/26_collapse.ipynb #f1bf60a6
 def standardised(
     images: np.ndarray,              # uint8 [m h w]
     rows: np.ndarray | None = None,  # positions of those that are wanted, [n]; None: all
