@@ -128,4 +128,6 @@ def test_a_generator_of_segals_code_gives_its_images(tmp_path):
         assert torch.equal(load_generator(tmp_path/"own.pt", 16, 6, 32, 8).generate(z), grey.generate(z))
     torch.save({"state_dict": state | {"alpha": torch.tensor(.5)}}, tmp_path/"half.pth")
     with pytest.raises(ValueError, match="faded in"): load_generator(tmp_path/"half.pth", 16, 6, 32, 8)
+    torch.save({k: v for k, v in state.items() if "ScaleBlocks.1.convolv.3" not in k}, tmp_path/"part.pth")
+    with pytest.raises(ValueError, match="lack ScaleBlocks.1.convolv.3"): load_generator(tmp_path/"part.pth", 16, 6, 32, 8)
     with pytest.raises(ValueError, match="give size=16"): load_generator(tmp_path/"g.pth", 32, 6, 64, 8)

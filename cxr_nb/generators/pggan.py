@@ -326,16 +326,17 @@ def fit_directions(
     gan.met.copy_(torch.tensor([[g and v in seen[f] for v in (0., 1.)] for f, g in zip(gan.findings, given)], dtype=torch.bool).reshape(-1, 2))
     return gan
 
-# %% ../../nbs/34_pggan.ipynb #9b4aaae4
+# %% ../../nbs/34_pggan.ipynb #5326075e
 def from_segal(
     given: dict[str, Tensor],  # a generator's weights by the names of Segal et al.'s code
     channels: int,             # of the image: as many as there, or 1 for the mean of them
 ) -> dict[str, Tensor]:        # the same function by the names of this module, for a `dense` generator
-    "Translates the weights of Segal et al. (2021). Raises `ValueError` for a generator that was saved while a resolution was faded in."
+    "Translates the weights of Segal et al. (2021). Raises `ValueError` for a generator that was saved while a resolution was faded in, or lacks a layer."
     if float(given.get("alpha", 0)) > 0: raise ValueError("the generator was saved while a resolution was faded in: finish its training first")
     found = {}
     def take(name, to, gain=1., pick=lambda t: t):   # gain: their constant over ours
-        w, b = given[f"{name}.module.weight"], given[f"{name}.module.bias"]
+        w, b = (given.get(f"{name}.module.{k}") for k in ("weight", "bias"))
+        if w is None or b is None: raise ValueError(f"the weights lack {name}.module: the file does not hold a whole generator")
         found[f"{to}.weight"], found[f"{to}.bias"] = pick(w)*gain, pick(b)*math.sqrt(2/w[0].numel())
     take("latent_linear.0", "start.0.0", pick=lambda t: t[..., None, None] if t.ndim == 2 else t); take("init_conv.0", "start.3")
     stages = sum(k.startswith("toRGB.") and k.endswith(".weight") for k in given)
