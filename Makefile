@@ -45,8 +45,9 @@ report: .venv/.done
 test: export OMP_NUM_THREADS = 1
 test: .venv/.done
 	$(BIN)/ruff check nbs cxr_nb tests reports
-	$(BIN)/nbdev_test --n_workers $(WORKERS) --timing
-	$(BIN)/python -m pytest -q -m 'not slow'
+	tmp=$$(mktemp -d) && trap 'rm -rf "$$tmp"' EXIT && export TMPDIR="$$tmp" && \
+	$(BIN)/nbdev_test --n_workers $(WORKERS) --timing && \
+	$(BIN)/python -m pytest -q -m 'not slow'  # what kernels leave in the temporary folder goes with it
 
 lab: .venv/.done
 	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)

@@ -10,8 +10,11 @@ from cxr_nb.core import check_parameters, read_parameters, repo_root
 
 # What a stage takes from earlier ones: {stage: {parameter: path in the folder of runs}}. The parameters `dataset` (the set of radiographs), `phantom` (the simulated one) and `real` (that of a release) need no row here.
 TAKES = {
+    "22_features": {"classifier": "20_classifier"},
+    "27_sanity": {"oracles": "24_oracles"},
     "39_families": {"vae": "31_vae", "gmvae": "32_gmvae", "lsgan": "33_lsgan", "pggan": "34_pggan"},
     "50_augment": {"synthetic": "31_vae/set"},
+    "60_leaderboard": {"vae": "31_vae", "gmvae": "32_gmvae", "lsgan": "33_lsgan", "pggan": "34_pggan", "oracles": "24_oracles"},
     "90_report": {"runs": ""},  # all others
 }
 

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['FAMILY', 'Box', 'Condition', 'conditions_of', 'findings_matrix', 'Generator', 'seen_values', 'check_conditions',
-           'restrict', 'RealCopies', 'MeanImage', 'sample_set', 'train_on', 'draw_samples', 'data_key', 'report_model']
+           'restrict', 'RealCopies', 'MeanImage', 'requests', 'write_samples', 'sample_set', 'train_on', 'draw_samples',
+           'data_key', 'report_model']
 
-# %% ../../nbs/30_conditions.ipynb #c4c94a17
-import hashlib, importlib, json, time
+# %% ../../nbs/30_conditions.ipynb #1567c682
+import hashlib, importlib, json, shutil, time
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Protocol
@@ -18,10 +19,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..core import Run, atomic, rng, to_uint8, to_unit, torch_rng
-from ..data.images import RadiographSet, check_free, write_set
+from ..core import Run, rng, to_uint8, to_unit, torch_rng
+from ..data.images import RadiographSet, check_free, preprocess, write_set
 from ..data.phantom import open_dataset
-from ..data.sources import as_manifest
+from ..data.sources import as_annotations, as_manifest
 from ..measures.collapse import Reference, guard
 from ..measures.diagnosis import Estimate
 from ..train import History
@@ -149,7 +150,43 @@ class MeanImage(RealCopies):
         check_conditions(conditions, self)
         return torch.stack([to_unit(torch.from_numpy(self.data.images[self._matches(c)])).mean(0, keepdim=True) for c in conditions])
 
-# %% ../../nbs/30_conditions.ipynb #31dd2ce7
+# %% ../../nbs/30_conditions.ipynb #0302c346
+def requests(
+    conditions: list[Condition],  # n conditions
+    ids: list[str],               # image_id of what was made for each, [n]
+    source: RadiographSet,        # the set that their parents are in
+) -> tuple[pd.DataFrame, np.ndarray | None]:  # annotations (reader "asked"), and the masks that they number
+    "What was asked of images beyond their findings, from the annotations of their parents: side, site and severity where a text was, boxes and masks where those were."
+    notes = source.annotations[source.annotations.kind.eq("finding")] if len(source.annotations) else source.annotations
+    notes = {k: g for k, g in notes.groupby("image_id")}; rows, masks = [], []
+    for c, i in zip(conditions, ids):
+        for a in notes[c.parent].to_dict("records") if c.asked & {"text", "boxes", "mask"} and c.parent in notes else ():
+            keep = [k for field, own in (("text", ("side", "site", "severity")), ("boxes", ("x0", "y0", "x1", "y1"))) if field in c.asked for k in own]
+            row = dict(image_id=i, kind="finding", finding=a["finding"], value=a["value"], reader="asked") | {k: a[k] for k in keep}
+            if "mask" in c.asked and not pd.isna(a["mask"]): row["mask"] = len(masks); masks.append(source.masks[int(a["mask"])])
+            rows.append(row)
+    return as_annotations(pd.DataFrame(rows) if rows else None), np.stack(masks) if masks else None
+
+def write_samples(
+    path: str | Path,             # folder of the new set
+    images: np.ndarray,           # uint8 [n s s]
+    conditions: list[Condition],  # what was asked for, one an image
+    findings: list[str],          # finding columns of the new set
+    name: str,                    # of the generator, for the manifest
+    seed: int,                    # seed of the sampling
+    source: RadiographSet | None = None,  # where the conditions' parents are: what was said of them goes along, as far as it was asked for
+    **made_by,                    # what else `set.json` should say of the making, e.g. a hash of the weights
+) -> RadiographSet:
+    "Writes samples and what was asked for as a set. Raises `FileExistsError` where a set is there."
+    ids = [f"{name}-{seed}-{i:06d}" for i in range(len(images))]
+    known = {f: [getattr(c, f) for c in conditions] for f in ("view", "sex", "age", "race", "text", "parent")}
+    manifest = as_manifest(pd.DataFrame({"image_id": ids, "patient_id": ids} | known | dict(zip(findings, findings_matrix(conditions, findings).astype(float).T))),
+                           source=name, origin="synthetic", split="train", generator=name, seed=seed, width=images.shape[2], height=images.shape[1])
+    annotations, masks = (None, None) if source is None else requests(conditions, ids, source)
+    if masks is not None and masks.shape[1] != images.shape[1]: masks = np.stack([preprocess(255*m, images.shape[1]) > 127 for m in masks]).astype(np.uint8)
+    return write_set(path, images, manifest, annotations, masks, made_by=dict(generator=name, seed=seed, n=len(images), asked=sorted(set().union(*(c.asked for c in conditions)))) | made_by)
+
+# %% ../../nbs/30_conditions.ipynb #2a4574bf
 def sample_set(
     generator: Generator,         # any family
     conditions: list[Condition],  # one an image
@@ -158,20 +195,13 @@ def sample_set(
     name: str,                    # of the generator, for the manifest
     seed: int,                    # seed of the sampling
     batch_size: int = 32,         # images at a time; each batch has a random stream of its own
-    **made_by,                    # what else `set.json` should say of the making, e.g. a hash of the weights
+    **also,                       # of `write_samples`
 ) -> RadiographSet:
     "Samples one image for each condition and writes them as a set. Raises `ValueError` as `check_conditions` does, before anything is sampled, `FileExistsError` where a set is there."
     check_conditions(conditions, generator)
     check_free(path)
-    images = []
-    for i in tqdm(range(0, len(conditions), batch_size), desc=f"sampling {name}"):
-        images.append(to_uint8(generator.sample(conditions[i:i + batch_size], torch_rng(seed, "sample", i)))[:, 0])
-    images = np.concatenate(images)
-    ids = [f"{name}-{seed}-{i:06d}" for i in range(len(images))]
-    known = {f: [getattr(c, f) for c in conditions] for f in ("view", "sex", "age", "race", "text", "parent")}
-    manifest = as_manifest(pd.DataFrame({"image_id": ids, "patient_id": ids} | known | dict(zip(findings, findings_matrix(conditions, findings).astype(float).T))),
-                           source=name, origin="synthetic", split="train", generator=name, seed=seed, width=images.shape[2], height=images.shape[1])
-    return write_set(path, images, manifest, made_by=dict(generator=name, seed=seed, batch_size=batch_size, n=len(images)) | made_by)
+    images = [to_uint8(generator.sample(conditions[i:i + batch_size], torch_rng(seed, "sample", i)))[:, 0] for i in tqdm(range(0, len(conditions), batch_size), desc=f"sampling {name}")]
+    return write_samples(path, np.concatenate(images), conditions, findings, name, seed, batch_size=batch_size, **also)
 
 # %% ../../nbs/30_conditions.ipynb #df204e76
 def train_on(config: dict) -> None:  # train: "module:function"; dataset, size, out, and the settings of that function
@@ -197,7 +227,7 @@ def data_key(data: RadiographSet) -> str:
     "Eight digits of how a set was made, whatever the size to which it was averaged down."
     return hashlib.sha256(json.dumps({k: v for k, v in data.info["made_by"].items() if k != "resized"}, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
-# %% ../../nbs/30_conditions.ipynb #357c646d
+# %% ../../nbs/30_conditions.ipynb #333fa3ba
 FAMILY = ("model", "made_the_set", "size", "data", "parameters", "steps", "batch_size", "error", "error_lo", "error_hi", "active_units", "units",
           "samples", "different", "to_training", "to_lo", "to_hi", "spread", "spread_lo", "spread_hi", "note", "complaints")
 
@@ -221,10 +251,13 @@ def report_model(
     note: str = "",                      # what a reader of the table must know, e.g. what stands in for what
     history: History | None = None,      # what the training left, for its time
 ) -> dict:                         # the columns of FAMILY
-    "Draws and measures samples, writes the measures into the run and the samples to `samples/NAME.npy`, and gives the model's row."
-    images, seconds = draw_samples(model, restrict(conditions, model.conditions), seed)
+    "Draws and measures samples, writes the measures into the run and the samples as a set to `samples/NAME`, and gives the model's row."
+    conditions = restrict(conditions, model.conditions)
+    images, seconds = draw_samples(model, conditions, seed)
     g = guard(images, against, rng(seed, "guard", name), active=active_units, error=error, accuracy=accuracy, components=components)
-    with atomic(run.dir/"samples"/f"{name.replace(' ', '-')}.npy") as tmp: np.save(tmp, images)
+    kept = run.dir/"samples"/name.replace(" ", "-")
+    if kept.exists(): shutil.rmtree(kept)     # of this stage's run before
+    write_samples(kept, images, conditions, data.findings, name, seed, source=data, data=data_key(data))
     parameters = sum(p.numel() for p in model.parameters())
     if error: run.metric("reconstruction error, as a share of the mean image's", error.value, n=error.n, interval=error.interval, how=error.how, group=name, headline=True)
     if units: run.metric("active units", active_units, n=units, group=name)

@@ -5,21 +5,21 @@
 # %% auto #0
 __all__ = ['read_family']
 
-# %% ../../nbs/39_families.ipynb #1b79b224
+# %% ../../nbs/39_families.ipynb #c42c70d0
 import json
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
-from ..data.images import RadiographSet, preprocess
+from ..data.images import RadiographSet
+from ..data.phantom import open_dataset
 from .conditions import FAMILY, data_key
 
-# %% ../../nbs/39_families.ipynb #d37a5236
+# %% ../../nbs/39_families.ipynb #28a131bc
 def read_family(
     folder: str | Path,   # of a run
     data: RadiographSet,  # what it was trained on, at the size at which samples are compared
-) -> tuple[pd.DataFrame, dict[str, np.ndarray], dict[str, float]]:  # one row a model, the columns of FAMILY; samples of each model, uint8 [n h w] of the size of `data`; the run's costs
+) -> tuple[pd.DataFrame, dict[str, RadiographSet], dict[str, float]]:  # one row a model, the columns of FAMILY; the samples of each model, at the size of `data`; the run's costs
     "The models of a run, their samples and costs. Raises `FileNotFoundError` for a run without them, `ValueError` for one that was trained on other images or at a smaller size."
     folder = Path(folder)
     for part in ("run.json", "tables/family.csv"):
@@ -30,6 +30,6 @@ def read_family(
     if table["size"].min() < data.size: raise ValueError(f"{folder} made images of {table['size'].min()} px, but they are compared at {data.size} px: set size={table['size'].min()}")
     samples = {}
     for m in table.model:
-        if not (file := folder/"samples"/f"{m.replace(' ', '-')}.npy").is_file(): raise FileNotFoundError(f"{folder} holds no {file.relative_to(folder)}: run its chapter again")
-        samples[m] = np.stack([preprocess(x, data.size) for x in np.load(file)])
+        if not ((at := folder/"samples"/m.replace(" ", "-"))/"set.json").is_file(): raise FileNotFoundError(f"{folder} holds no set {at.relative_to(folder)}: run its chapter again")
+        samples[m] = open_dataset(str(at), data.size)
     return table, samples, {c["name"]: c["value"] for c in json.loads((folder/"run.json").read_text())["costs"]}

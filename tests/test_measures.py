@@ -1,0 +1,101 @@
+"The bench's numbers are those of the libraries that others publish with, on the same features."
+import numpy as np
+import pytest
+import torch
+import torch_fidelity.metric_fid as tf_fid
+import torch_fidelity.metric_kid as tf_kid
+import torch_fidelity.metric_prc as tf_prc
+from cleanfid.fid import kernel_distance as clean_kid
+from prdc import compute_prdc
+from torchmetrics.image.kid import poly_mmd
+
+from cxr_nb.core import rng
+from cxr_nb.data.images import open_set
+from cxr_nb.data.phantom import make_phantom_set
+from cxr_nb.measures.features import Extractor, features
+from cxr_nb.measures.fidelity import by_halves, frechet, kernel_distance, neighbourhoods, subset_distances
+from cxr_nb.measures.oracles import NAMES, PLACES, agreement, statements
+from cxr_nb.measures.privacy import PLANTED, detector
+
+
+def clouds(n, m, d, seed=0):
+    r = rng(seed, "clouds"); mix = r.normal(0, 1, (d, d))/np.sqrt(d)
+    return (np.abs(r.normal(.2, 1, (n, d)) @ mix).astype(np.float32), np.abs(r.normal(.3, 1.2, (m, d)) @ mix).astype(np.float32))
+
+
+@pytest.mark.parametrize("n, m, d", [(400, 300, 64), (120, 150, 256)], ids=["more images than dimensions", "fewer"])
+def test_frechet_distance_is_torch_fidelitys(n, m, d):
+    a, b = clouds(n, m, d)
+    theirs = tf_fid.fid_statistics_to_metric(*(tf_fid.fid_features_to_statistics(torch.from_numpy(f.astype(np.float64))) for f in (a, b)), False)["frechet_inception_distance"]
+    assert abs(frechet(a, b) - theirs) < 1e-3*max(1, theirs)
+
+
+def test_kernel_distance_is_torch_fidelitys_and_torchmetrics():
+    a, b = clouds(200, 200, 64)
+    theirs = tf_kid.kid_features_to_metric(*map(torch.from_numpy, (a, b)), kid_subsets=1, kid_subset_size=200, verbose=False)["kernel_inception_distance_mean"]
+    assert abs(kernel_distance(a, b) - theirs) < 1e-3*abs(theirs)
+    assert abs(kernel_distance(a, b) - poly_mmd(torch.from_numpy(a), torch.from_numpy(b)).item()) < 1e-3*abs(theirs)
+
+
+def test_subset_distances_are_those_of_the_libraries_up_to_the_draw():
+    a, b = clouds(600, 500, 32)
+    ours = subset_distances(a, b, rng(0), 60, 200); error = ours.std()/np.sqrt(60)
+    theirs = tf_kid.kid_features_to_metric(*map(torch.from_numpy, (a, b)), kid_subsets=60, kid_subset_size=200, verbose=False)
+    assert abs(ours.mean() - theirs["kernel_inception_distance_mean"]) < 5*error and .6 < ours.std()/theirs["kernel_inception_distance_std"] < 1.6
+    np.random.seed(0)  # noqa: NPY002 (clean-fid draws from the global state)
+    assert abs(ours.mean() - clean_kid(a, b, 60, 200)) < 5*error
+
+
+@pytest.mark.parametrize("k", [3, 5])
+def test_neighbourhoods_are_prdcs_and_torch_fidelitys(k):
+    a, b = clouds(200, 180, 32); ours = neighbourhoods(a, b, k); theirs = compute_prdc(a, b, k)
+    assert all(abs(ours[m] - theirs[m]) < 1e-3 for m in ours)
+    prc = tf_prc.prc_features_to_metric(torch.from_numpy(b), torch.from_numpy(a), prc_neighborhood=k, prc_batch_size=1000, save_cpu_ram=False, verbose=False)
+    assert abs(ours["precision"] - prc["precision"]) < 1e-3 and abs(ours["recall"] - prc["recall"]) < 1e-3
+
+
+def test_intervals_need_something_to_halve():
+    with pytest.raises(ValueError, match="cannot be halved"): by_halves(lambda s, t: {}, np.zeros(9), 9, rng(0))
+
+
+@pytest.fixture(scope="module")
+def phantoms(tmp_path_factory): return make_phantom_set(tmp_path_factory.mktemp("measures")/"set", 24, 32, images_per_patient=1., prevalence=dict.fromkeys(("Mass", "Effusion"), .5))
+
+
+class Grey(torch.nn.Module):
+    calls = 0
+    def forward(self, x): Grey.calls += 1; return x.mean((2, 3))
+
+
+def test_features_are_taken_once_a_set_and_a_damaged_cache_is_named(phantoms, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXR_NB_CACHE", str(tmp_path)); e = Extractor("grey", Grey(), 0, (0.,), (1.,)); Grey.calls = 0
+    first = features(phantoms, e); again = features(open_set(phantoms.path), e, np.array([2, 0]))
+    assert Grey.calls == 1 and np.array_equal(first[[2, 0]], again)
+    kept = next((tmp_path/"features").glob("*.npy")); kept.write_bytes(b"broken")
+    with pytest.raises(ValueError, match=f"{kept.name} is damaged"): features(phantoms, e)
+
+
+def test_features_that_are_not_finite_are_refused(phantoms):
+    class Bad(torch.nn.Module):
+        def forward(self, x): return x.mean((2, 3))/0
+    with pytest.raises(ValueError, match="bad gave features .* not finite"): features(phantoms.images[:3], Extractor("bad", Bad(), 0, (0.,), (1.,)))
+
+
+def test_statements_of_a_set_that_says_nothing_beyond_labels(phantoms):
+    silent = open_set(phantoms.path); silent.annotations = silent.annotations.iloc[:0]; said = statements(silent, np.arange(4), 16)
+    assert (said.place == -1).all() and np.isnan(said.boxes).all() and not said.masks.any() and set(np.unique(said.present[:, NAMES.index("Mass")])) <= {0., 1.}
+    full = statements(phantoms, np.arange(24), 16); j = NAMES.index("Effusion"); ill = full.present[:, j] == 1
+    assert (full.place[ill, j] >= 0).all() and {PLACES["Effusion"][p][1] for p in full.place[ill, j]} == {"basal"}
+
+
+def test_shuffled_requests_agree_by_chance(phantoms):
+    truth = statements(phantoms, None, 16); ideal = truth.take(np.random.default_rng(1).permutation(24)); ideal.severity = np.nan_to_num(ideal.severity); ideal.boxes = np.nan_to_num(ideal.boxes)
+    found = agreement(truth, ideal, np.arange(24), rng(0), 60)
+    assert found["pearson"][0].value < .6 and found["pearson"][1].lo < 0.1
+
+
+@pytest.mark.parametrize("kind", PLANTED)
+def test_every_planted_copy_of_a_few_is_found(kind, phantoms):
+    find = detector(phantoms.images[:16], phantoms.images[16:], .1)
+    distance, which = find.search(PLANTED[kind](phantoms.images[:16], rng(0, kind)))
+    assert (which == np.arange(16)).mean() > .8 and np.median(distance) < find.threshold
