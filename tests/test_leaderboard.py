@@ -1,0 +1,86 @@
+"The leaderboard over trained models of two families, two seeds of one of them, executed by papermill in a fresh kernel."
+import subprocess, sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from cxr_nb.core import Run, repo_root, rng
+from cxr_nb.data.phantom import open_dataset
+from cxr_nb.generators.conditions import Condition, RealCopies, conditions_of, report_model, restrict, sample_set
+from cxr_nb.generators.lsgan import train_lsgan
+from cxr_nb.generators.vae import train_vae
+from cxr_nb.measures.collapse import reference
+from cxr_nb.measures.oracles import train_oracle
+from cxr_nb.measures.sanity import ALL
+
+class Copier(RealCopies):
+    def parameters(self): return []
+
+
+FEW = dict(batch_size=8, lr=1e-3, checkpoint_seconds=1e9, progress=False)
+
+
+@pytest.fixture(scope="module")
+def board(tmp_path_factory):
+    there = tmp_path_factory.mktemp("board"); data = open_dataset("phantom", 32)
+    train, test = (np.flatnonzero(data.manifest.split == s) for s in ("train", "test")); against = reference(data, train, test, rng(0), 30)
+    asked = restrict(conditions_of(data, train[:40]), frozenset({"findings"}))
+    def leave(folder, stage, name, model, conditions, seed):
+        run = Run(stage, dict.fromkeys(("dataset", "size")) | dict(seed=seed, out=str(folder)) | {k: 0 for k in read(stage)})
+        run.table("family", pd.DataFrame([report_model(run, name, model, data, against, conditions, seed, steps=4, batch_size=8, made_the_set=True)]), "")
+        sample_set(model, conditions, folder/"set", data.findings, name, seed); run.finish()
+    for seed in (0, 1):
+        vae, _ = train_vae(data, train, there/f"fit-vae-{seed}", steps=4, channels=[4, 8], latent=8, beta=.1, reconstruction="sum", seed=seed, **FEW)
+        leave(there/str(seed)/"31_vae", "31_vae", "beta 0.1", vae, [Condition()]*40, seed)
+    gan, _ = train_lsgan(data, train, there/"fit-gan", recipe="modern", channels=[4, 8, 16], latent=8, generator_steps=6, ema=.9, seed=0, **FEW)
+    leave(there/"0"/"33_lsgan", "33_lsgan", "modern", gan, [Condition()]*40, 0)
+    leave(there/"0"/"32_gmvae", "32_gmvae", "copier", Copier(data, train), asked, 0)
+    train_oracle(data, train, there/"24_oracles"/"fit", 1, 32, 1e-3, 0, progress=False)
+    given = dict(dataset="phantom", size=32, vae=str(there/"0"/"31_vae"), gmvae=str(there/"0"/"32_gmvae"), lsgan=str(there/"0"/"33_lsgan"), repeats=[str(there/"1")], oracles=str(there/"24_oracles"), n=40, halves=20, out=str(there/"60"))
+    done = subprocess.run([sys.executable, "-m", "papermill", str(repo_root()/"nbs"/"60_leaderboard.ipynb"), str(there/"60.ipynb"), "-y", yaml.safe_dump(given)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return there/"60"/"tables"
+
+
+def read(stage):
+    from cxr_nb.core import read_parameters
+    return set(read_parameters(repo_root()/"nbs"/f"{stage}.ipynb")) - {"seed", "out", "dataset", "size"}
+
+
+def test_every_model_has_every_measure_of_equally_many_images(board):
+    t = pd.read_csv(board/"leaderboard.csv"); every = {m for m in ALL if not m.startswith("asked_")}
+    assert {"VAE: beta 0.1", "GMVAE: copier", "LSGAN: modern", "other patients", "copies of training images", "means of the nearest labels"} == set(t.model)
+    assert all(every <= set(g.measure) for _, g in t.groupby("model")) and set(t[t.measure == "fid"].n) == {40}
+    assert (t.lo <= t.value).all() and (t.value <= t.hi).all()
+
+
+def test_faithfulness_stands_only_where_something_was_asked(board):
+    t = pd.read_csv(board/"leaderboard.csv"); asked = t[t.measure.str.startswith("asked_")]
+    assert set(asked.model) == {"GMVAE: copier", "other patients", "copies of training images"}
+    assert {"asked_pearson", "asked_side"} <= set(asked[asked.model == "other patients"].measure)
+    assert set(asked[asked.model == "GMVAE: copier"].measure) == {"asked_pearson", "asked_auroc"}, "only findings were asked for"
+
+
+def test_seeds_are_averaged_and_widen_the_interval(board):
+    each, t = pd.read_csv(board/"each.csv"), pd.read_csv(board/"leaderboard.csv").set_index(["model", "measure"])
+    mine = each[(each.model == "VAE: beta 0.1") & (each.measure == "kid")]; row = t.loc[("VAE: beta 0.1", "kid")]
+    assert list(mine.run) == [0, 1] and np.isclose(row.value, mine.value.mean()) and row.runs == 2 and t.loc[("LSGAN: modern", "kid")].runs == 1
+    assert row.hi - row.value >= (mine.hi - mine.value).mean() - 1e-9 and mine.value.nunique() == 2
+
+
+def test_no_value_is_clearly_best_where_intervals_touch(board):
+    t = pd.read_csv(board/"leaderboard.csv"); models = t[t.model.str.contains(": ")]
+    assert not t[~t.model.isin(models.model)].clearly_best.any()
+    for m, g in models.groupby("measure"):
+        best = g[g.clearly_best]; assert len(best) <= 1
+        for b in best.itertuples():
+            rest = g[g.model != b.model]
+            if ALL[m][0]: assert (rest.hi < b.lo).all() if ALL[m][0] > 0 else (rest.lo > b.hi).all(), m
+    assert models.clearly_best.any() and models[models.clearly_best & models.measure.eq("kid")].model.tolist() == ["GMVAE: copier"]
+
+
+def test_a_copy_is_told_by_privacy_alone(board):
+    t = pd.read_csv(board/"leaderboard.csv").pivot(index="model", columns="measure", values="value"); copy, other = t.loc["copies of training images"], t.loc["other patients"]
+    assert copy.copies > .9 > .2 > other.copies and copy.membership > .9 and copy.kid < t.loc["VAE: beta 0.1"].kid
