@@ -10,10 +10,11 @@ from cxr_nb.core import Run, repo_root, rng
 from cxr_nb.data.phantom import open_dataset
 from cxr_nb.generators.conditions import Condition, RealCopies, conditions_of, report_model, restrict, sample_set
 from cxr_nb.generators.lsgan import train_lsgan
+from cxr_nb.generators.pggan import RECIPES as PGGAN_RECIPES, train_pggan
 from cxr_nb.generators.vae import train_vae
 from cxr_nb.measures.collapse import reference
 from cxr_nb.measures.oracles import train_oracle
-from cxr_nb.measures.sanity import ALL
+from cxr_nb.measures.sanity import ALL, IDEAL
 
 class Copier(RealCopies):
     def parameters(self): return []
@@ -36,9 +37,11 @@ def board(tmp_path_factory):
         leave(there/str(seed)/"31_vae", "31_vae", "beta 0.1", vae, [Condition()]*40, seed)
     gan, _ = train_lsgan(data, train, there/"fit-gan", recipe="modern", channels=[4, 8, 16], latent=8, generator_steps=6, ema=.9, seed=0, **FEW)
     leave(there/"0"/"33_lsgan", "33_lsgan", "modern", gan, [Condition()]*40, 0)
-    leave(there/"0"/"32_gmvae", "32_gmvae", "copier", Copier(data, train), asked, 0)
+    for seed in (0, 1): leave(there/str(seed)/"32_gmvae", "32_gmvae", "copier", Copier(data, train), asked, seed)
+    grow = train_pggan(data, train, there/"fit-grow", recipe=PGGAN_RECIPES["published"], latent=8, base=32, most=8, fade=8, stable=8, extra=0, ema=.9, seed=0, grids=1, **FEW)[0]
+    leave(there/"0"/"34_pggan", "34_pggan", "published", grow, [Condition()]*40, 0)
     train_oracle(data, train, there/"24_oracles"/"fit", 1, 32, 1e-3, 0, progress=False)
-    given = dict(dataset="phantom", size=32, vae=str(there/"0"/"31_vae"), gmvae=str(there/"0"/"32_gmvae"), lsgan=str(there/"0"/"33_lsgan"), repeats=[str(there/"1")], oracles=str(there/"24_oracles"), n=40, halves=20, out=str(there/"60"))
+    given = dict(dataset="phantom", size=32, vae=str(there/"0"/"31_vae"), gmvae=str(there/"0"/"32_gmvae"), lsgan=str(there/"0"/"33_lsgan"), pggan=str(there/"0"/"34_pggan"), repeats=[str(there/"1")], oracles=str(there/"24_oracles"), n=40, halves=20, out=str(there/"60"))
     done = subprocess.run([sys.executable, "-m", "papermill", str(repo_root()/"nbs"/"60_leaderboard.ipynb"), str(there/"60.ipynb"), "-y", yaml.safe_dump(given)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return there/"60"/"tables"
@@ -50,17 +53,17 @@ def read(stage):
 
 
 def test_every_model_has_every_measure_of_equally_many_images(board):
-    t = pd.read_csv(board/"leaderboard.csv"); every = {m for m in ALL if not m.startswith("asked_")}
-    assert {"VAE: beta 0.1", "GMVAE: copier", "LSGAN: modern", "other patients", "copies of training images", "means of the nearest labels"} == set(t.model)
+    t = pd.read_csv(board/"leaderboard.csv"); every = {m for m in ALL if m != "pearson" and not m.startswith("asked_")}
+    assert {"VAE: beta 0.1", "GMVAE: copier", "LSGAN: modern", "PGGAN: published", "other patients", "copies of training images", "means of the nearest labels"} == set(t.model)
     assert all(every <= set(g.measure) for _, g in t.groupby("model")) and set(t[t.measure == "fid"].n) == {40}
     assert (t.lo <= t.value).all() and (t.value <= t.hi).all()
 
 
 def test_faithfulness_stands_only_where_something_was_asked(board):
     t = pd.read_csv(board/"leaderboard.csv"); asked = t[t.measure.str.startswith("asked_")]
-    assert set(asked.model) == {"GMVAE: copier", "other patients", "copies of training images"}
+    assert set(asked.model) == {"GMVAE: copier", "other patients"}
     assert {"asked_pearson", "asked_side"} <= set(asked[asked.model == "other patients"].measure)
-    assert set(asked[asked.model == "GMVAE: copier"].measure) == {"asked_pearson", "asked_auroc"}, "only findings were asked for"
+    assert set(asked[asked.model == "GMVAE: copier"].measure) <= {"asked_pearson", "asked_auroc"}, "only findings were asked for"
 
 
 def test_seeds_are_averaged_and_widen_the_interval(board):
@@ -77,7 +80,7 @@ def test_no_value_is_clearly_best_where_intervals_touch(board):
         best = g[g.clearly_best]; assert len(best) <= 1
         for b in best.itertuples():
             rest = g[g.model != b.model]
-            if ALL[m][0]: assert (rest.hi < b.lo).all() if ALL[m][0] > 0 else (rest.lo > b.hi).all(), m
+            if ALL[m][0] and m not in IDEAL: assert (rest.hi < b.lo).all() if ALL[m][0] > 0 else (rest.lo > b.hi).all(), m
     assert models.clearly_best.any() and models[models.clearly_best & models.measure.eq("kid")].model.tolist() == ["GMVAE: copier"]
 
 

@@ -5,15 +5,17 @@ import torch
 import torch_fidelity.metric_fid as tf_fid
 import torch_fidelity.metric_kid as tf_kid
 import torch_fidelity.metric_prc as tf_prc
-from cleanfid.fid import kernel_distance as clean_kid
+from cleanfid.fid import fid_from_feats, kernel_distance as clean_kid
 from prdc import compute_prdc
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torchmetrics.image.kid import poly_mmd
 
 from cxr_nb.core import rng
-from cxr_nb.data.images import open_set
+from cxr_nb.data.images import RadiographData, open_set
 from cxr_nb.data.phantom import make_phantom_set
-from cxr_nb.measures.features import Extractor, features
-from cxr_nb.measures.fidelity import by_halves, frechet, kernel_distance, neighbourhoods, subset_distances
+from cxr_nb.measures.features import Extractor, extractor, features
+from cxr_nb.measures.classifier import fit_classifier
+from cxr_nb.measures.fidelity import by_halves, fidelity, frechet, kernel_distance, neighbourhoods, subset_distances
 from cxr_nb.measures.oracles import NAMES, PLACES, agreement, statements
 from cxr_nb.measures.privacy import PLANTED, detector
 
@@ -28,12 +30,14 @@ def test_frechet_distance_is_torch_fidelitys(n, m, d):
     a, b = clouds(n, m, d)
     theirs = tf_fid.fid_statistics_to_metric(*(tf_fid.fid_features_to_statistics(torch.from_numpy(f.astype(np.float64))) for f in (a, b)), False)["frechet_inception_distance"]
     assert abs(frechet(a, b) - theirs) < 1e-3*max(1, theirs)
+    if n > d: assert abs(frechet(a, b) - np.real(fid_from_feats(a.astype(float), b.astype(float)))) < 1e-3*max(1, theirs)
 
 
 def test_kernel_distance_is_torch_fidelitys_and_torchmetrics():
     a, b = clouds(200, 200, 64)
     theirs = tf_kid.kid_features_to_metric(*map(torch.from_numpy, (a, b)), kid_subsets=1, kid_subset_size=200, verbose=False)["kernel_inception_distance_mean"]
     assert abs(kernel_distance(a, b) - theirs) < 1e-3*abs(theirs)
+    assert abs(kernel_distance(a, b) - clean_kid(a, b, 1, 200)) < 1e-3*abs(theirs)
     assert abs(kernel_distance(a, b) - poly_mmd(torch.from_numpy(a), torch.from_numpy(b)).item()) < 1e-3*abs(theirs)
 
 
@@ -52,6 +56,22 @@ def test_neighbourhoods_are_prdcs_and_torch_fidelitys(k):
     assert all(abs(ours[m] - theirs[m]) < 1e-3 for m in ours)
     prc = tf_prc.prc_features_to_metric(torch.from_numpy(b), torch.from_numpy(a), prc_neighborhood=k, prc_batch_size=1000, save_cpu_ram=False, verbose=False)
     assert abs(ours["precision"] - prc["precision"]) < 1e-3 and abs(ours["recall"] - prc["recall"]) < 1e-3
+
+
+def test_images_without_features_of_their_own_are_refused():
+    x = np.zeros((9, 32, 32), np.uint8)
+    with pytest.raises(ValueError, match="each image needs its own"): fidelity((np.zeros((9, 4)), x), (np.zeros((8, 4)), x), np.arange(9), rng(0), np.zeros((9, 4)))
+
+
+def test_inception_reads_torch_fidelitys_weights_and_a_run_its_classifier(phantoms, tmp_path, monkeypatch):
+    with monkeypatch.context() as m:      # a network of that form without the download
+        m.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", lambda *a, **k: {}); m.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+        net = FeatureExtractorInceptionV3("inception", ["2048"])
+    torch.save(net.state_dict(), tmp_path/"inception.pth")
+    found = features(phantoms.images[:2], extractor(f"inception:{tmp_path/'inception.pth'}"))
+    assert found.shape == (2, 2048) and np.allclose(found, net(torch.from_numpy(phantoms.images[:2])[:, None].expand(-1, 3, -1, -1))[0].numpy(), rtol=1e-3, atol=1e-4)
+    rows = np.arange(24); model, _ = fit_classifier(RadiographData(phantoms, rows, phantoms.findings), phantoms, rows, tmp_path/"run"/"fit", architecture="small", weights="", epochs=1, batch_size=8, lr=1e-3, seed=0, progress=False)
+    assert np.allclose(features(phantoms.images[:2], extractor(f"classifier:{tmp_path/'run'}")), features(phantoms.images[:2], Extractor("own", model.net[:-1], 0, (.5,), (.5,))), atol=1e-5)
 
 
 def test_intervals_need_something_to_halve():
@@ -91,11 +111,14 @@ def test_statements_of_a_set_that_says_nothing_beyond_labels(phantoms):
 def test_shuffled_requests_agree_by_chance(phantoms):
     truth = statements(phantoms, None, 16); ideal = truth.take(np.random.default_rng(1).permutation(24)); ideal.severity = np.nan_to_num(ideal.severity); ideal.boxes = np.nan_to_num(ideal.boxes)
     found = agreement(truth, ideal, np.arange(24), rng(0), 60)
-    assert found["pearson"][0].value < .6 and found["pearson"][1].lo < 0.1
+    assert found["pearson"][1].lo < 0 < found["pearson"][1].hi
+    own = truth.take(np.arange(24)); own.severity, own.boxes = np.nan_to_num(own.severity), np.nan_to_num(own.boxes)
+    assert agreement(truth, own, np.arange(24), rng(0), 60)["pearson"][1].lo > .5
+    with pytest.raises(ValueError, match="give one for each"): agreement(truth, own, np.arange(23), rng(0))
 
 
 @pytest.mark.parametrize("kind", PLANTED)
 def test_every_planted_copy_of_a_few_is_found(kind, phantoms):
-    find = detector(phantoms.images[:16], phantoms.images[16:], .1)
+    find = detector(phantoms.images[:16], phantoms.images[16:], .12)
     distance, which = find.search(PLANTED[kind](phantoms.images[:16], rng(0, kind)))
     assert (which == np.arange(16)).mean() > .8 and np.median(distance) < find.threshold

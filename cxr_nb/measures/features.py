@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['IMAGENET', 'VITS', 'Extractor', 'features', 'read_weights', 'extractor']
 
-# %% ../../nbs/22_features.ipynb #fc7cbb00
-import hashlib, json
+# %% ../../nbs/22_features.ipynb #c739dc2d
+import hashlib, json, sys
 from pathlib import Path
 
 import numpy as np
@@ -92,10 +92,10 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         if any(k.startswith(prefix) for k in held): held = {k.removeprefix(prefix): v for k, v in held.items() if k.startswith(prefix)}
     return {k: v for k, v in held.items() if isinstance(v, Tensor)}
 
-# %% ../../nbs/22_features.ipynb #63a4de90
+# %% ../../nbs/22_features.ipynb #b4fd4ac1
 IMAGENET = dict(mean=(.485, .456, .406), std=(.229, .224, .225))
 VITS = {  # timm's model of the same form, its settings, and what the images are normalised by
-    "clip": ("vit_base_patch32_clip_224", {}, dict(mean=(.48145466, .4578275, .40821073), std=(.26862954, .26130258, .27577711))),
+    "clip": ("vit_base_patch32_clip_quickgelu_224", {}, dict(mean=(.48145466, .4578275, .40821073), std=(.26862954, .26130258, .27577711))),
     "rad-dino": ("vit_base_patch14_dinov2", {}, dict(mean=(.5307,)*3, std=(.2583,)*3)),
     "chexfound": ("vit_large_patch14_reg4_dinov2", dict(patch_size=16, img_size=512), IMAGENET),
 }
@@ -112,7 +112,7 @@ class _XRV(nn.Module):
     def __init__(self, net): super().__init__(); self.net = net
     def forward(self, x): return F.adaptive_avg_pool2d(F.relu(self.net.features(x)), 1).flatten(1)
 
-# %% ../../nbs/22_features.ipynb #99d5bafc
+# %% ../../nbs/22_features.ipynb #7b5f0bdc
 def extractor(
     spec: str,      # of the table above
     size: int = 0,  # side at which the network looks, pixels; 0: its own
@@ -124,10 +124,11 @@ def extractor(
     if kind == "classifier": return _of_run(Path(where), size)
     model, _, file = where.partition("@") if kind == "timm" else (kind, "", where)
     if kind == "timm" and not (file and timm.is_model(model)): raise ValueError(f"{spec!r}: give timm:MODEL@FILE or timm:MODEL@hub with a model of timm's")
-    try: return _BUILD[kind](model, None if file == "hub" else Path(file), size)
-    except (FileNotFoundError, ValueError): raise
+    if file == "hub":
+        try: return _BUILD[kind](model, None, size)
+        except Exception as e: raise OSError(f"the weights of {model} cannot be had from the hub ({type(e).__name__}): download them where there is a network and give {spec.removesuffix('hub')}FILE") from e
+    try: return _BUILD[kind](model, Path(file), size)
     except RuntimeError as e: raise ValueError(f"{file} does not hold the network of {spec.split('@')[0]} ({' '.join(str(e).split())[:200]})") from e
-    except Exception as e: raise OSError(f"the weights of {model} cannot be had from the hub ({type(e).__name__}): download them where there is a network and give {spec.removesuffix('hub')}FILE") from e
 
 def _of_classifier(name, model, size): return Extractor(name, _Pooled(model), size, tuple(model.mean.flatten().tolist()), tuple(model.std.flatten().tolist()))
 
@@ -137,7 +138,7 @@ def _of_run(run, size):
     config = json.loads((found/"state.json").read_text())["settings"]["config"]
     return _of_classifier("classifier", load_weights(Classifier(config["architecture"], config["findings"]), found/"model.safetensors"), size)
 
-# %% ../../nbs/22_features.ipynb #93b361ec
+# %% ../../nbs/22_features.ipynb #434b4af0
 def _xrv(name, file, size):
     net = xrv.models.DenseNet(weights="densenet121-res224-all" if file is None else None)
     if file is not None: net.load_state_dict({k: v for k, v in read_weights(file).items() if k != "op_threshs"}, strict=True)
@@ -150,7 +151,11 @@ def _inception(name, file, size):
 def _timm(name, file, size):
     model, options, norm = VITS.get(name, (name, {}, None))
     if size and "vit" in model: options = options | dict(img_size=size)
-    net = timm.create_model(model, pretrained=True, num_classes=0, **options, **({} if file is None else dict(pretrained_cfg_overlay=dict(state_dict=read_weights(file)))))
+    net = timm.create_model(model, pretrained=file is None, num_classes=0, **options)
+    if file is not None:
+        given = read_weights(file); convert = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)
+        if convert: given = convert(given, net)
+        net.load_state_dict({k: v for k, v in given.items() if k.split(".")[0] not in ("head", "fc", "classifier")}, strict=True)
     norm = norm or {k: net.pretrained_cfg[k] for k in ("mean", "std")}
     return Extractor(name, net, size or options.get("img_size", net.pretrained_cfg["input_size"][-1]), **norm)
 

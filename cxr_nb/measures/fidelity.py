@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['BENCH', 'moments', 'frechet', 'frechet_at_infinity', 'leading', 'kernel_distance', 'subset_distances',
            'neighbourhoods', 'similarity', 'pairs_similarity', 'seeds_similarity', 'power_spectrum', 'log_spectrum',
-           'spectral_distance', 'by_halves', 'Compared', 'fidelity']
+           'spectral_distance', 'wilson', 'by_halves', 'Compared', 'fidelity']
 
-# %% ../../nbs/23_fidelity.ipynb #80f470ee
+# %% ../../nbs/23_fidelity.ipynb #d1102524
 from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
 import torch
+from scipy.stats import binomtest
 from torchmetrics.functional.image import multiscale_structural_similarity_index_measure, structural_similarity_index_measure
 
 from .diagnosis import Estimate
@@ -152,9 +153,9 @@ def seeds_similarity(
     p, i, j = map(np.array, zip(*rows))
     return pd.Series(similarity(images[i], images[j], multiscale=False)).groupby(p).mean()
 
-# %% ../../nbs/23_fidelity.ipynb #40152207
+# %% ../../nbs/23_fidelity.ipynb #76d88720
 def power_spectrum(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # uint8 [n s s]; cycles a pixel [k], power [n k]
-    "Radially averaged power of each image."
+    "Radially averaged power of each image, under a Hann window."
     x = images.astype(float)/255; s = x.shape[1]
     window = np.outer(np.hanning(s), np.hanning(s))
     power = np.abs(np.fft.fftshift(np.fft.fft2((x - x.mean((1, 2), keepdims=True))*window), axes=(1, 2)))**2
@@ -170,7 +171,12 @@ def spectral_distance(real: np.ndarray, made: np.ndarray) -> float:  # of `log_s
     "Root mean square difference of the mean logarithmic power spectra."
     return float(np.sqrt(np.mean((real.mean(0) - made.mean(0))**2)))
 
-# %% ../../nbs/23_fidelity.ipynb #4522626a
+# %% ../../nbs/23_fidelity.ipynb #c0c32cc0
+def wilson(share: float, n: int) -> tuple[float, float]:  # 0 ... 1, of n
+    "The 95 % interval of a share (Wilson 1927)."
+    ci = binomtest(round(share*n), n).proportion_ci(method="wilson")
+    return min(ci.low, share), max(ci.high, share)
+
 def by_halves(
     measure: Callable[[np.ndarray, np.ndarray], dict[str, float]],  # of positions of real and of made images
     patients: np.ndarray,    # of each real image, [n]
@@ -188,11 +194,13 @@ def by_halves(
         at.append(measure(np.flatnonzero(keep[codes]), np.sort(r.permutation(made)[:made//2])))
     table, found = pd.DataFrame(at), {}
     for name, v in value.items():
-        lo, hi = v - np.quantile(table[name] - table[name].mean(), [.975, .025]); least, most = within.get(name, (-np.inf, np.inf))
+        lo, hi = v - np.nanquantile(table[name] - table[name].mean(), [.975, .025]); least, most = within.get(name, (-np.inf, np.inf))
+        if (least, most) == (0, 1):      # a share, of made images or of real ones: near 0 and 1 halves hardly vary
+            own = wilson(v, made if name == "precision" else len(codes)); lo, hi = min(lo, own[0]), max(hi, own[1])
         found[name] = Estimate(float(v), float(np.clip(lo, least, most)), float(np.clip(hi, least, most)), made, len(names), f"95 % from {halves} halves of {len(names)} patients and {made} samples")
     return found
 
-# %% ../../nbs/23_fidelity.ipynb #425ba228
+# %% ../../nbs/23_fidelity.ipynb #a7e4b270
 BENCH = {  # measure -> better: -1 lower, 1 higher, 0 nearest to zero; least and greatest value; what it is, for tables
     "fid": (-1, (0, np.inf), "Fréchet distance"), "fid_inf": (-1, (-np.inf, np.inf), "Fréchet distance at infinity, leading components"), "kid": (-1, (-np.inf, np.inf), "kernel distance"),
     "precision": (1, (0, 1), "precision"), "recall": (1, (0, 1), "recall"), "density": (1, (0, np.inf), "density"), "coverage": (1, (0, 1), "coverage"),
@@ -204,10 +212,11 @@ class Compared:
     def __init__(self,
         real: np.ndarray,  # features [n d]
         made: np.ndarray,  # features [m d]
-        components: int = 32,  # principal components of the real features in which the distance is extrapolated
+        axes: np.ndarray | None = None,  # features of other real images, whose principal components the extrapolated distance is taken in; None: no such distance
+        components: int = 16,  # how many of these; a sixteenth of the images at most, since a half of them is cut into four parts
     ):
         real, made = _pair(real, made); self.n = len(real)
-        self.lead = [leading(real, f, components) for f in (real, made)]
+        if axes is not None: self.lead = [leading(axes, f, components) for f in (real, made)]
         f = np.vstack([real, made]).astype(float)
         self.kernel = (f @ f.T/f.shape[1] + 1)**3
         f -= f.mean(0); self.inner = f @ f.T; q = self.inner.diagonal()
@@ -222,24 +231,28 @@ class Compared:
         rr, rm, mm = self._of(self.kernel, s, t)
         return float((rr.sum() - np.trace(rr))/(len(s)*(len(s) - 1)) + (mm.sum() - np.trace(mm))/(len(t)*(len(t) - 1)) - 2*rm.mean())
 
-# %% ../../nbs/23_fidelity.ipynb #d79f3b7e
+# %% ../../nbs/23_fidelity.ipynb #2fca402e
 def fidelity(
     real: tuple[np.ndarray, np.ndarray],  # features [n d] and images uint8 [n s s]
     made: tuple[np.ndarray, np.ndarray],  # features [m d] and images uint8 [m s s]
     patients: np.ndarray,                 # of each real image, [n]
     r: np.random.Generator,               # draws pairs and halves
+    axes: np.ndarray,                     # features of training images, whose principal components the extrapolated distance is taken in, [t d]
     k: int = 5,                           # neighbours that make a radius
     halves: int = 100,
+    components: int = 0,                  # of the extrapolated distance; 0: a sixteenth of the images, 2 to 32
 ) -> dict[str, Estimate]:                 # in the order of BENCH
-    "Every measure of this chapter with its interval. Raises `ValueError` where the images are of two sizes."
+    "Every measure of this chapter with its interval. Raises `ValueError` where the images are of two sizes, or the parts do not fit each other."
     (rf, ri), (mf, mi) = real, made
+    if not (len(rf) == len(ri) == len(patients)) or len(mf) != len(mi): raise ValueError(f"{len(ri)} real images with {len(rf)} features and {len(patients)} patients, {len(mi)} made ones with {len(mf)} features: each image needs its own")
     if ri.shape[1:] != mi.shape[1:]: raise ValueError(f"real images of {ri.shape[1:]} and made ones of {mi.shape[1:]} px cannot be compared: average the larger ones down first")
-    spectra, like = [log_spectrum(x) for x in (ri, mi)], []
-    for x in (ri, mi):   # each image with the next in a random order, so that a half of the images keeps about a quarter of the pairs
-        order = r.permutation(len(x)); s = np.full(len(x), np.nan); h = len(x)//2
-        s[order[:h]] = similarity(x[order[:h]], x[order[h:2*h]]); like.append(s)
-    cut, c = int(r.integers(2**31)), Compared(rf, mf)
+    spectra, pairs = [log_spectrum(x) for x in (ri, mi)], []
+    for x in (ri, mi):   # every image is in one pair; a half of the images keeps the pairs that lie in it, about a quarter of them
+        order = r.permutation(len(x)); first, second = order[:len(x)//2], order[len(x)//2:len(x)//2*2]
+        pairs.append((first, second, similarity(x[first], x[second])))
+    def alike(which, rows): first, second, value = pairs[which]; inside = np.isin(first, rows) & np.isin(second, rows); return value[inside].mean() if inside.any() else np.nan
+    cut, c = int(r.integers(2**31)), Compared(rf, mf, axes, components or int(np.clip(min(len(rf), len(mf))//16, 2, 32)))
     def measure(s, t):
         return dict(fid=c.frechet(s, t), fid_inf=c.at_infinity(s, t, np.random.default_rng(cut)), kid=c.kernel_distance(s, t)) | c.near(s, t, k) | \
-               dict(spectrum=spectral_distance(spectra[0][s], spectra[1][t]), ms_ssim=float(np.nanmean(like[1][t]) - np.nanmean(like[0][s])))
+               dict(spectrum=spectral_distance(spectra[0][s], spectra[1][t]), ms_ssim=float(alike(1, t) - alike(0, s)))
     return by_halves(measure, patients, len(mf), r, halves, {name: b[1] for name, b in BENCH.items()})

@@ -28,7 +28,7 @@ from .classifier import Classifier, masked_bce, rise_and_fall
 from .diagnosis import Estimate, auroc, estimate, patient_weights
 from ..train import History, evaluating, fit, latest_checkpoint, load_weights
 
-# %% ../../nbs/24_oracles.ipynb #e39ffbc9
+# %% ../../nbs/24_oracles.ipynb #5ce28a7f
 NAMES = tuple(FINDINGS)
 PLACES = {f: [(side, site) for side, sites in FINDINGS[f].places.items() for site in sites] for f in NAMES}  # (side, site), in the order of their numbers
 MOST = max(map(len, PLACES.values()))
@@ -62,6 +62,7 @@ def statements(
         if i < 0: continue
         j = NAMES.index(a.finding); place = (None if pd.isna(a.side) else a.side, None if pd.isna(a.site) else a.site)
         if place in PLACES[a.finding]: said.place[i, j] = PLACES[a.finding].index(place)
+        if np.isnan(said.present[i, j]): said.present[i, j] = a.value
         said.severity[i, j], said.boxes[i, j] = a.severity, (a.x0, a.y0, a.x1, a.y1)
         if not pd.isna(a.mask): said.masks[i, j] = cv2.resize(255*data.masks[int(a.mask)], (grid, grid), interpolation=cv2.INTER_AREA)
     return said
@@ -103,10 +104,10 @@ class Oracle(nn.Module):
         each = torch.stack([x - left, y - top, x + right, y + bottom], -1)   # b k g g 4
         return (votes.flatten(2).softmax(-1)[..., None]*each.flatten(2, 3)).sum(2).clamp(0, 1)
 
-# %% ../../nbs/24_oracles.ipynb #5418507b
+# %% ../../nbs/24_oracles.ipynb #e435b8e6
 @patch
 def losses(self: Oracle, batch: dict[str, Tensor], step: int = 0) -> dict[str, Tensor]:
-    "Cross-entropies of presence, place and mask, errors of severity, 1 - GIoU and error of the box; each a mean over what is stated."
+    "Cross-entropies of presence, place and mask, errors of severity, 1 - GIoU and error of the box; each a mean over what is stated (a finding without a mask has an empty one)."
     made = self(batch["image"]); there = batch["present"] == 1
     placed, boxed, graded = batch["place"] >= 0, there & ~batch["boxes"].isnan().any(-1), there & ~batch["severity"].isnan()
     masks = batch["masks"].float()/255; area = masks.flatten(2).sum(-1); overlap = (made["masks"].sigmoid()*masks).flatten(2).sum(-1)
@@ -121,7 +122,7 @@ def losses(self: Oracle, batch: dict[str, Tensor], step: int = 0) -> dict[str, T
 
 _NO_PLACE = torch.tensor([[j >= len(PLACES[f]) for j in range(MOST)] for f in NAMES])
 
-# %% ../../nbs/24_oracles.ipynb #d48649a5
+# %% ../../nbs/24_oracles.ipynb #3411cf68
 class Told(Dataset):
     "Images with what is said of them, in changing styles: gamma, blur and noise."
     def __init__(self, data: RadiographSet, rows: np.ndarray, seed: int, said: Statements | None = None):
@@ -139,7 +140,7 @@ class Told(Dataset):
         return dict(image=(255*x.clamp(0, 1)).round().byte(), present=as_float(said.present), place=torch.from_numpy(said.place), severity=as_float(said.severity), boxes=as_float(said.boxes), masks=torch.from_numpy(said.masks))
 
 def train_oracle(data: RadiographSet, rows: np.ndarray, out: str | Path, epochs: int, batch_size: int, lr: float, seed: int, **options) -> tuple[Oracle, History]:
-    "Trains an oracle on these images; the rate rises and falls once. A training that lies in `out` is taken up."
+    "Trains an oracle on these images (positions [n]) for some epochs; the rate rises to `lr` and falls once. A training that lies in `out` is taken up. Raises as `fit` does."
     told = Told(data, rows, seed); steps = epochs*max(1, len(told)//batch_size)
     history = fit(Oracle(seed=seed, size=data.size), told, out=Path(out), steps=steps, batch_size=batch_size, seed=seed, optimizers=lr, schedule=rise_and_fall(steps), config=dict(set=data.sha256, rows=len(rows), size=data.size), **options)
     return history.model, history
@@ -151,7 +152,7 @@ def load_oracle(run: str | Path) -> Oracle:
     config = json.loads((found/"state.json").read_text())["settings"]["config"]
     return load_weights(Oracle(size=config["size"]), found/"model.safetensors").to(default_device())
 
-# %% ../../nbs/24_oracles.ipynb #085ff96d
+# %% ../../nbs/24_oracles.ipynb #5f3a95b5
 def read(oracle: Oracle, images: np.ndarray, batch_size: int = 64) -> Statements:  # images uint8 [n s s]
     "What the oracle sees in images; those of another size are brought to its own."
     device, side, parts = next(oracle.parameters()).device, oracle.size or images.shape[1], []
@@ -169,11 +170,10 @@ _SIDED, _SITED = (np.array([len({q[i] for q in PLACES[f]}) > 1 for f in NAMES]) 
 
 def _cells(asked: Statements, shown: Statements) -> dict[str, np.ndarray]:  # [n 14] each; NaN where nothing was asked for
     there, j = asked.present == 1, np.arange(len(NAMES))
-    placed = there & (asked.place >= 0); own, want = _SIDE[j, shown.place], _SIDE[j, asked.place]
+    placed = there & (asked.place >= 0); own, want = (np.where(s.place >= 0, _SIDE[j, s.place], -1) for s in (shown, asked))
     iou = box_iou_pairs(asked.boxes, shown.boxes)
-    a, b = asked.masks > 127, shown.masks > 127
-    both, either = ((f(a, b)).sum((2, 3)) for f in (np.logical_and, np.logical_or))
-    drawn = there & a.any((2, 3))
+    both, either = (f(asked.masks, shown.masks).sum((2, 3), dtype=float) for f in (np.minimum, np.maximum))   # of shares of cells, so that small masks count
+    drawn = there & asked.masks.any((2, 3))
     return dict(side=np.where(placed & _SIDED, own == want, np.nan), site=np.where(placed & _SITED, shown.place == asked.place, np.nan),
                 box_iou=np.where(there, iou, np.nan), mask_iou=np.where(drawn, both/np.maximum(either, 1), np.nan))
 
@@ -183,7 +183,7 @@ def box_iou_pairs(a: np.ndarray, b: np.ndarray) -> np.ndarray:  # boxes [... 4];
     inner = (hi - lo).clip(0).prod(-1)
     return inner/((a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1) - inner)
 
-# %% ../../nbs/24_oracles.ipynb #3558dc18
+# %% ../../nbs/24_oracles.ipynb #c03069b6
 MEASURES = ("pearson", "auroc", "side", "site", "severity", "box_iou", "mask_iou")
 
 def _correlation(x, y): return float(np.corrcoef(x, y)[0, 1]) if len(x) > 2 and np.std(x) > 0 and np.std(y) > 0 else np.nan
@@ -203,18 +203,21 @@ def agreement(
     units: np.ndarray,        # what is resampled: patient of each image, or np.arange(n) for samples
     r: np.random.Generator,   # shuffles and resamples
     resamples: int = 300,
-    shuffled: bool = True,    # also that under shuffled requests, and the difference
-) -> dict[str, tuple[Estimate, Estimate | None]]:  # measure -> (agreement, agreement less that under shuffled requests); only what was asked for
-    "How far images show what was asked for. Raises `ValueError` where nothing was asked for."
+    shuffles: int = 10,       # of the requests, over which chance is averaged
+    least: int = 5,           # images that a finding must be asked for in, and be absent in
+) -> dict[str, tuple[Estimate, Estimate]]:  # measure -> (agreement, agreement less that under shuffled requests); only what was asked for
+    "How far images show what was asked for, and how far above chance. Raises `ValueError` where nothing was asked for, or where requests, images and units are not equally many."
     if len(asked) != len(shown): raise ValueError(f"{len(asked)} requests and {len(shown)} images cannot be paired")
-    findings = np.flatnonzero((asked.present == 1).any(0) & (asked.present == 0).any(0))
-    if not len(findings): raise ValueError("no finding was asked for in some images and to be absent in others: there is nothing that could be confused")
-    mixed = asked.take(r.permutation(len(asked)))
-    pairs = [(a, _cells(a, shown)) for a in ([asked, mixed] if shuffled else [asked])]
+    if len(units) != len(asked): raise ValueError(f"{len(units)} units for {len(asked)} images: give one for each")
+    findings = np.flatnonzero(np.minimum((asked.present == 1).sum(0), (asked.present == 0).sum(0)) >= least)
+    if not len(findings): raise ValueError(f"no finding was asked for in {least} images and to be absent in as many: there is nothing that could be confused")
+    pairs = [(a, _cells(a, shown)) for a in (asked, *(asked.take(r.permutation(len(asked))) for _ in range(shuffles)))]
     w = np.vstack([np.ones(len(asked), int), patient_weights(units, resamples, r)])
-    at = [pd.DataFrame([_agree(a, shown, c, np.repeat(np.arange(len(a)), k), findings) for k in w]) for a, c in pairs]
+    own, *mixed = [pd.DataFrame([_agree(a, shown, c, np.repeat(np.arange(len(a)), k), findings) for k in w]) for a, c in pairs]
+    chance = sum(mixed)/shuffles
     def est(v): return estimate(v.iloc[0], v.iloc[1:].to_numpy(), units)
-    return {m: (est(at[0][m]), est(at[0][m] - at[1][m]) if shuffled else None) for m in MEASURES if all(np.isfinite(t[m].iloc[0]) for t in at)}
+    def defined(v): return np.isfinite(v.iloc[0]) and np.isfinite(v).mean() > .95      # a measure of very few images is left out
+    return {m: (est(own[m]), est(own[m] - chance[m])) for m in MEASURES if defined(own[m]) and defined(own[m] - chance[m])}
 
 # %% ../../nbs/24_oracles.ipynb #805fa607
 def confusion(asked: Statements, shown: Statements) -> pd.DataFrame:  # [14 14], index asked, columns shown

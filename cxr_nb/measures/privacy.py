@@ -6,7 +6,7 @@
 __all__ = ['PLANTED', 'standardised', 'small', 'distances', 'nearest', 'Detector', 'detector', 'share', 'same_patient',
            'membership']
 
-# %% ../../nbs/25_privacy.ipynb #78de6e59
+# %% ../../nbs/25_privacy.ipynb #2c128bfc
 from dataclasses import dataclass
 from itertools import product
 
@@ -14,9 +14,9 @@ import cv2
 import numpy as np
 import pandas as pd
 from scipy.spatial.distance import cdist
-from scipy.stats import binomtest
 
 from .diagnosis import Estimate, auroc, estimate, patient_weights
+from .fidelity import wilson
 
 # %% ../../nbs/25_privacy.ipynb #99b24706
 def standardised(
@@ -52,7 +52,7 @@ def nearest(
     x = standardised(images)
     return np.min([cdist(x, train[i:i + chunk]).min(1) for i in range(0, len(train), chunk)], axis=0)
 
-# %% ../../nbs/25_privacy.ipynb #f84ec9c2
+# %% ../../nbs/25_privacy.ipynb #d0a5cbbe
 @dataclass
 class Detector:
     "Finds copies of training images among samples."
@@ -92,15 +92,16 @@ def detector(
     alarms: float = .01,   # share of these that may count as copies
 ) -> Detector:
     "A detector whose threshold lets this share of unseen real images pass for copies. Raises `ValueError` for too few of them."
-    if len(unseen)*alarms < .5: raise ValueError(f"{len(unseen)} unseen images cannot set a rate of {alarms:g} false alarms: give at least {int(np.ceil(.5/alarms))}, or allow more alarms")
+    place = int(np.floor(alarms*(len(unseen) + 1) + 1e-9))   # of the threshold among their distances: a new image is nearer with this probability over (n + 1)
+    if place < 1: raise ValueError(f"{len(unseen)} unseen images cannot set a rate of {alarms:g} false alarms: give at least {int(np.ceil(1/alarms)) - 1}, or allow more alarms")
     found = Detector(np.concatenate([small(train[i:i + 500], 24) for i in range(0, len(train), 500)]))
-    found.threshold = float(np.quantile(found.search(unseen)[0], alarms))
+    found.threshold = float(np.sort(found.search(unseen)[0])[place - 1])
     return found
 
 def share(yes: np.ndarray) -> Estimate:  # bool [n]
-    "A share with its Wilson interval."
-    ci = binomtest(int(yes.sum()), len(yes)).proportion_ci(method="wilson")
-    return Estimate(float(yes.mean()), ci.low, ci.high, len(yes), len(yes), f"95 % Wilson, {len(yes)} images")
+    "A share with its Wilson interval. Raises `ValueError` for no image."
+    if not len(yes): raise ValueError("a share of no images is not defined")
+    return Estimate(float(yes.mean()), *wilson(float(yes.mean()), len(yes)), len(yes), len(yes), f"95 % Wilson, {len(yes)} images")
 
 # %% ../../nbs/25_privacy.ipynb #fd7b7699
 def _shift(x, r, most=.08):
@@ -118,21 +119,21 @@ PLANTED = {  # how a copy may be changed: (uint8 [n h w], a generator) -> uint8 
     "mirrored, shifted, noised": lambda x, r: _noise(_shift(np.ascontiguousarray(x[:, :, ::-1]), r), r),
 }
 
-# %% ../../nbs/25_privacy.ipynb #319f1d49
+# %% ../../nbs/25_privacy.ipynb #1c5c3873
 def same_patient(
-    images: np.ndarray,    # uint8 [n h w]
+    x: np.ndarray,         # `standardised` images, or features, [n d]
     patients: np.ndarray,  # patient of each, [n]
-    chunk: int = 500,
+    chunk: int = 500,      # images at a time
 ) -> np.ndarray:           # [k], for the k images whose patient has another one
     "Distance of each image to the nearest other image of its patient."
-    x, who = standardised(images), pd.factorize(np.asarray(patients))[0]; found = []
+    who = pd.factorize(np.asarray(patients))[0]; found = []
     for i in range(0, len(x), chunk):
         d = cdist(x[i:i + chunk], x); rows = np.arange(i, i + len(d))
         d[who[rows][:, None] != who] = np.inf; d[np.arange(len(d)), rows] = np.inf; found.append(d.min(1))
     found = np.concatenate(found)
     return found[np.isfinite(found)]
 
-# %% ../../nbs/25_privacy.ipynb #2ec81d47
+# %% ../../nbs/25_privacy.ipynb #bc139da3
 def membership(
     samples: np.ndarray,    # uint8 [k h w]
     members: np.ndarray,    # training images, uint8 [n h w]
@@ -142,6 +143,7 @@ def membership(
     resamples: int = 300,
 ) -> Estimate:
     "AUROC of an attacker that takes radiographs near a sample for members of the training set (Chen et al. 2020). Raises `ValueError` for a patient on both sides."
+    if len(patients) != len(members) + len(strangers): raise ValueError(f"{len(patients)} patients for {len(members)} members and {len(strangers)} strangers: give one for each image, members first")
     if both := set(patients[:len(members)]) & set(patients[len(members):]): raise ValueError(f"patient {sorted(both)[0]} is among members and strangers: split by patient")
     y = np.repeat([1., 0.], [len(members), len(strangers)])
     score = -nearest(np.concatenate([members, strangers]), standardised(samples))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_models', 'over_seeds', 'clearly_best']
 
-# %% ../../nbs/60_leaderboard.ipynb #a1cb739c
+# %% ../../nbs/60_leaderboard.ipynb #bc0cf3ab
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from scipy.stats import t as student
 from ..data.images import RadiographSet
 from ..data.phantom import open_dataset
 from ..generators.families import read_family
-from ..measures.sanity import ALL
+from ..measures.sanity import ALL, IDEAL, WITHIN
 
 # %% ../../nbs/60_leaderboard.ipynb #b9fba3f8
 def read_models(
@@ -34,7 +34,7 @@ def read_models(
             if maker and made.manifest[asked].notna().any(axis=None) and samples[maker].manifest[asked].isna().all(axis=None): found[f"{family}: {maker}, asked"] = made
     return found
 
-# %% ../../nbs/60_leaderboard.ipynb #c5df3efb
+# %% ../../nbs/60_leaderboard.ipynb #aa78a95f
 def over_seeds(
     each: pd.DataFrame,  # model, run, measure, value, lo, hi, n
 ) -> pd.DataFrame:       # model, measure, value, lo, hi, n, runs
@@ -43,17 +43,20 @@ def over_seeds(
     for (model, measure), g in each.groupby(["model", "measure"], sort=False):
         mean, k = g.value.mean(), len(g)
         seeds = student.ppf(.975, k - 1)*g.value.std()/np.sqrt(k) if k > 1 else 0.
-        lo, hi = (np.hypot(side.mean(), seeds) for side in (g.value - g.lo, g.hi - g.value))
-        rows.append(dict(model=model, measure=measure, value=mean, lo=mean - lo, hi=mean + hi, n=int(g.n.iloc[0]), runs=k))
+        lo, hi = (np.hypot(side.mean(), seeds) for side in (g.value - g.lo, g.hi - g.value)); least, most = WITHIN.get(measure, (-np.inf, np.inf))
+        rows.append(dict(model=model, measure=measure, value=mean, lo=max(mean - lo, least), hi=min(mean + hi, most), n=int(g.n.iloc[0]), runs=k))
     return pd.DataFrame(rows)
 
 def clearly_best(
     board: pd.DataFrame,  # of `over_seeds`, generators only
     measure: str,         # of ALL
 ) -> str | None:          # a model
-    "The model that is best at a measure, if its interval is apart from those of all others; None where it is not, or where there is no other."
-    g, better = board[board.measure == measure].set_index("model"), ALL[measure][0]
+    "The model that is best at a measure, if it was trained with two seeds or more and its interval is apart from those of all others; None where it is not, or where there is no other."
+    g, better = board[board.measure == measure].set_index("model"), 0 if measure in IDEAL else ALL[measure][0]
     if len(g) < 2: return None
-    if better == 0: g = g.assign(value=g.value.abs(), lo=np.where((g.lo < 0) & (g.hi > 0), 0, np.minimum(g.lo.abs(), g.hi.abs())), hi=np.maximum(g.lo.abs(), g.hi.abs()))
+    if better == 0:
+        v, lo, hi = (g[c] - IDEAL[measure] for c in ("value", "lo", "hi"))
+        g = g.assign(value=v.abs(), lo=np.where((lo < 0) & (hi > 0), 0, np.minimum(lo.abs(), hi.abs())), hi=np.maximum(lo.abs(), hi.abs()))
     top = g.value.idxmax() if better > 0 else g.value.idxmin(); rest = g.drop(top)
+    if g.runs[top] < 2: return None
     return top if (rest.hi < g.lo[top] if better > 0 else rest.lo > g.hi[top]).all() else None
