@@ -60,10 +60,10 @@ def test_stages_take_the_phantom_or_the_release(tmp_path):
 
 
 def small_checkout(root):
-    "A checkout with a few notebooks: 10 and 20 import a module each, the families take the four generators, 90 is the report."
+    "A checkout with a few notebooks: 10 and 20 import a module each, the families and the leaderboard take the four generators, 90 is the report."
     (root/"nbs").mkdir(); (root/"cxr_nb").mkdir()
-    for name, code in [("10_a", "from cxr_nb.low import f"), ("20_b", "import cxr_nb.high"), ("31_vae", ""), ("32_gmvae", ""), ("33_lsgan", ""), ("34_pggan", ""),
-                       ("39_families", "vae = ''\ngmvae = ''\nlsgan = ''\npggan = ''"), ("50_augment", "synthetic = ''"), ("90_report", "runs = ''")]:
+    for name, code in [("10_a", "from cxr_nb.low import f"), ("20_b", "import cxr_nb.high"), ("20_classifier", ""), ("22_features", "classifier = ''"), ("24_oracles", ""), ("27_sanity", "oracles = ''"), ("31_vae", ""), ("32_gmvae", ""), ("33_lsgan", ""), ("34_pggan", ""),
+                       ("39_families", "vae = ''\ngmvae = ''\nlsgan = ''\npggan = ''"), ("50_augment", "synthetic = ''"), ("60_leaderboard", "vae = ''\ngmvae = ''\nlsgan = ''\npggan = ''\noracles = ''"), ("90_report", "runs = ''")]:
         cells = [(["parameters"], f"seed = 0\nout = ''\n{code if '=' in code else ''}"), ([], code)]
         (root/"nbs"/f"{name}.ipynb").write_text(json.dumps({"cells": [{"cell_type": "code", "metadata": {"tags": t}, "source": c} for t, c in cells]}))
     (root/"cxr_nb"/"low.py").write_text("def f(): return 1\n"); (root/"cxr_nb"/"high.py").write_text("from cxr_nb.low import f\n")
@@ -78,9 +78,9 @@ def test_a_stage_runs_again_for_code_that_it_uses_and_for_its_parameters_only(tm
     (tmp_path/"cxr_nb"/"high.py").write_text("# a remark\nfrom cxr_nb.low import f\n"); assert changed() == set()
     (tmp_path/"cxr_nb"/"high.py").write_text("from cxr_nb.low import f\nx = 1\n"); assert changed() == {"20_b", "90_report"}
     (tmp_path/"cxr_nb"/"low.py").write_text("def f(): return 2\n"); assert changed() == {"10_a", "20_b", "90_report"}
-    (tmp_path/"p.yaml").write_text("31_vae: {seed: 1}\n"); assert changed() == {"31_vae", "39_families", "50_augment", "90_report"}
+    (tmp_path/"p.yaml").write_text("31_vae: {seed: 1}\n"); assert changed() == {"31_vae", "39_families", "50_augment", "60_leaderboard", "90_report"}
     (tmp_path/"p.yaml").write_text("31_vae: {seed: 1}\nresources: {31_vae: {gpu: 1, mem_mb: 9}}\n"); assert changed() == set()
-    (tmp_path/"p.yaml").write_text("31_vae: {seed: 1}\nresources: {31_vae: {threads: 2}}\n"); assert changed() == {"31_vae", "39_families", "50_augment", "90_report"}
+    (tmp_path/"p.yaml").write_text("31_vae: {seed: 1}\nresources: {31_vae: {threads: 2}}\n"); assert changed() == {"31_vae", "39_families", "50_augment", "60_leaderboard", "90_report"}
 
 
 # One stage, with something else in papermill's place
