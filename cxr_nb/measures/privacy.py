@@ -52,7 +52,7 @@ def nearest(
     x = standardised(images)
     return np.min([cdist(x, train[i:i + chunk]).min(1) for i in range(0, len(train), chunk)], axis=0)
 
-# %% ../../nbs/25_privacy.ipynb #d0a5cbbe
+# %% ../../nbs/25_privacy.ipynb #86ea5692
 @dataclass
 class Detector:
     "Finds copies of training images among samples."
@@ -86,6 +86,7 @@ class Detector:
         "Which images count as copies."
         return self.search(images)[0] < self.threshold
 
+# %% ../../nbs/25_privacy.ipynb #c8a8659d
 def detector(
     train: np.ndarray,     # the training images, uint8 [m h w]
     unseen: np.ndarray,    # real images of other patients, uint8 [n h w]: they set the threshold
