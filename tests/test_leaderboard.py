@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from cxr_nb.core import Run, repo_root, rng
-from cxr_nb.data.phantom import open_dataset
+from cxr_nb.data.phantom import open_dataset, phantom_set
 from cxr_nb.generators.conditions import Condition, RealCopies, conditions_of, report_model, restrict, sample_set
 from cxr_nb.generators.lsgan import train_lsgan
 from cxr_nb.generators.pggan import RECIPES as PGGAN_RECIPES, train_pggan
@@ -40,7 +40,8 @@ def board(tmp_path_factory):
     for seed in (0, 1): leave(there/str(seed)/"32_gmvae", "32_gmvae", "copier", Copier(data, train), asked, seed)
     grow = train_pggan(data, train, there/"fit-grow", recipe=PGGAN_RECIPES["published"], latent=8, base=32, most=8, fade=8, stable=8, extra=0, ema=.9, seed=0, grids=1, **FEW)[0]
     leave(there/"0"/"34_pggan", "34_pggan", "published", grow, [Condition()]*40, 0)
-    train_oracle(data, train, there/"24_oracles"/"fit", 1, 32, 1e-3, 0, progress=False)
+    others = phantom_set(there/"others", 100, 32, seed=77)
+    train_oracle(others, np.arange(len(others)), there/"24_oracles"/"fit", 3, 32, 1e-3, 0, progress=False)
     given = dict(dataset="phantom", size=32, vae=str(there/"0"/"31_vae"), gmvae=str(there/"0"/"32_gmvae"), lsgan=str(there/"0"/"33_lsgan"), pggan=str(there/"0"/"34_pggan"), repeats=[str(there/"1")], oracles=str(there/"24_oracles"), n=40, halves=20, out=str(there/"60"))
     done = subprocess.run([sys.executable, "-m", "papermill", str(repo_root()/"nbs"/"60_leaderboard.ipynb"), str(there/"60.ipynb"), "-y", yaml.safe_dump(given)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -61,9 +62,21 @@ def test_every_model_has_every_measure_of_equally_many_images(board):
 
 def test_faithfulness_stands_only_where_something_was_asked(board):
     t = pd.read_csv(board/"leaderboard.csv"); asked = t[t.measure.str.startswith("asked_")]
-    assert set(asked.model) == {"GMVAE: copier", "other patients"}
-    assert {"asked_pearson", "asked_side"} <= set(asked[asked.model == "other patients"].measure)
+    assert set(asked.model) == {"GMVAE: copier", "other patients", "copies of training images", "means of the nearest labels"}, "the oracle knows none of the patients"
+    for m in ("other patients", "copies of training images"): assert {"asked_pearson", "asked_side"} <= set(asked[asked.model == m].measure)
     assert set(asked[asked.model == "GMVAE: copier"].measure) <= {"asked_pearson", "asked_auroc"}, "only findings were asked for"
+
+
+def test_confusion_tables_stand_for_what_was_asked(board):
+    t = pd.read_csv(board/"confusion.csv"); kinds = t.groupby("model").what.agg(set)
+    assert kinds["GMVAE: copier"] == {"finding"} and kinds["other patients"] == {"finding", "side", "severity"} and set(t[t.model == "GMVAE: copier"].runs) == {2}
+    shares = t[t.what != "finding"].groupby(["model", "what", "asked"]).value.sum(); assert np.allclose(shares, 1) and len(shares) >= 10
+
+
+def test_means_of_one_request_are_one_image(board):
+    t = pd.read_csv(board/"leaderboard.csv"); seeds = t[t.measure == "seeds"].set_index("model")
+    assert seeds.lo["means of the nearest labels"] > max(.1, seeds.hi["other patients"]) and abs(seeds.value["copies of training images"]) < .1
+    assert {"VAE: beta 0.1", "GMVAE: copier", "LSGAN: modern", "PGGAN: published"} <= set(seeds.index)
 
 
 def test_seeds_are_averaged_and_widen_the_interval(board):

@@ -118,7 +118,7 @@ def neighbourhoods(
     a, b = real.astype(float), made.astype(float)
     return _near(_apart(a, a), _apart(a, b), _apart(b, b), k)
 
-# %% ../../nbs/23_fidelity.ipynb #25124790
+# %% ../../nbs/23_fidelity.ipynb #bf1031e5
 def similarity(
     a: np.ndarray,           # uint8 [n s s]
     b: np.ndarray,           # uint8 [n s s], each compared with its fellow in `a`
@@ -146,12 +146,14 @@ def pairs_similarity(images: np.ndarray, r: np.random.Generator) -> np.ndarray: 
 def seeds_similarity(
     images: np.ndarray,   # uint8 [n s s]
     prompts: np.ndarray,  # which prompt each was made for, [n]
-) -> pd.Series:           # mean SSIM of the pairs of one prompt, by prompt
+    most: int = 4,        # images of a group; the further ones of a prompt form groups of their own
+) -> pd.Series:           # mean SSIM of the pairs of each group, by prompt
     "Similarity of several seeds of one prompt (chexgen, pairwise SSIM of four). Raises `ValueError` where no prompt has two images."
-    rows = [(p, i, j) for p, own in pd.Series(np.arange(len(prompts))).groupby(np.asarray(prompts)) for n, i in enumerate(own) for j in own.iloc[n + 1:]]
-    if not rows: raise ValueError("seeds_similarity needs at least two images of one prompt")
-    p, i, j = map(np.array, zip(*rows))
-    return pd.Series(similarity(images[i], images[j], multiscale=False)).groupby(p).mean()
+    groups = [(p, own[k:k + most]) for p, own in pd.Series(np.arange(len(prompts))).groupby(np.asarray(prompts)).indices.items() for k in range(0, len(own) - 1, most)]
+    pairs = [(g, i, j) for g, (_, own) in enumerate(groups) for n, i in enumerate(own) for j in own[n + 1:]]
+    if not pairs: raise ValueError("seeds_similarity needs at least two images of one prompt")
+    g, i, j = map(np.array, zip(*pairs))
+    return pd.Series(similarity(images[i], images[j], multiscale=False)).groupby(g).mean().set_axis([p for p, _ in groups])
 
 # %% ../../nbs/23_fidelity.ipynb #76d88720
 def power_spectrum(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # uint8 [n s s]; cycles a pixel [k], power [n k]

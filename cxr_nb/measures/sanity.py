@@ -5,19 +5,20 @@
 # %% auto #0
 __all__ = ['ALL', 'IDEAL', 'WITHIN', 'ARROWS', 'Bench', 'holds', 'moved', 'spoilt']
 
-# %% ../../nbs/27_sanity.ipynb #881724d7
+# %% ../../nbs/27_sanity.ipynb #669919e0
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
 
+from ..core import rng
 from .diagnosis import Estimate
 from .features import Extractor, features
-from .fidelity import BENCH, fidelity
+from .fidelity import BENCH, fidelity, seeds_similarity, similarity
 from .oracles import Oracle, Statements, agreement, read
 from .privacy import Detector, membership, share
 
-# %% ../../nbs/27_sanity.ipynb #81b2e5cc
+# %% ../../nbs/27_sanity.ipynb #31d56a0f
 @dataclass
 class Bench:
     "What samples are held against; all images of one size."
@@ -32,17 +33,21 @@ class Bench:
     halves: int = 100        # random halves of an interval
     components: int = 0      # of the extrapolated distance; 0: by the number of images
 
-    def __post_init__(self): self.features, self.axes = features(self.real, self.extractor), features(self.train, self.extractor)
+    def __post_init__(self):
+        self.features, self.axes, h = features(self.real, self.extractor), features(self.train, self.extractor), len(self.real)//2
+        order = rng(0, "pairs of real images").permutation(len(self.real)); self.alike = similarity(self.real[order[:h]], self.real[order[h:2*h]], multiscale=False)
 
     def measure(self,
         samples: np.ndarray,        # uint8 [n s s]
         asked: Statements | None,   # of the samples; None: nothing was
         r: np.random.Generator,
         own: np.ndarray | None = None,  # features of the samples, where they have been taken, [n d]
+        requests: np.ndarray | None = None,  # samples of one request have one number (`same_request`), [n]; None: all were made for the same
     ) -> dict[str, Estimate]:       # the columns of ALL that apply
         "Every measure, with its interval. Raises as `fidelity`, `agreement` and `membership` do."
         own = features(samples, self.extractor) if own is None else own
         found = fidelity((self.features, self.real), (own, samples), self.patients, r, self.axes, self.k, self.halves, self.components)
+        found |= self._seeds(samples, np.zeros(len(samples), int) if requests is None else requests)
         if asked is not None and self.oracle is not None:
             told = agreement(asked, read(self.oracle, samples), np.arange(len(samples)), r, self.halves)
             found |= {"pearson": told["pearson"][0]} | {f"asked_{m}": excess for m, (_, excess) in told.items()}
@@ -50,24 +55,31 @@ class Bench:
         found["membership"] = membership(samples, self.train, self.real, np.concatenate([self.members, self.patients]), r, self.halves)
         return found
 
-ALL = {m: (better, what) for m, (better, _, what) in BENCH.items()} | {  # measure -> better: -1 lower, 1 higher, 0 nearest to what IDEAL says; what it is
+    def _seeds(self, samples, requests):   # groups of up to four samples of one request share no image, so they vary independently
+        if (np.bincount(requests) > 1).sum() == 0: return {}
+        groups = seeds_similarity(samples, requests).to_numpy()
+        if len(groups) < 2: return {}
+        v = groups.mean() - self.alike.mean(); half = 1.96*np.sqrt(sum(x.var(ddof=1)/len(x) for x in (groups, self.alike)))
+        return {"seeds": Estimate(float(v), float(v - half), float(v + half), len(samples), len(groups), f"95 %, normal, {len(groups)} groups of samples of one request and {len(self.alike)} pairs of real images")}
+
+ALL = {m: (better, what) for m, (better, _, what) in BENCH.items()} | {"seeds": (0, "SSIM of samples of one request, above that of real pairs")} | {  # measure -> better: -1 lower, 1 higher, 0 nearest to what IDEAL says; what it is
     "pearson": (1, "correlation of asked and shown (chexgen)"),
     "asked_pearson": (1, "correlation of asked and shown, above shuffled"), "asked_auroc": (1, "AUROC of asked findings, above shuffled"), "asked_side": (1, "right side, above shuffled"),
     "asked_site": (1, "right side and site, above shuffled"), "asked_severity": (1, "correlation of severities, above shuffled"), "asked_box_iou": (1, "IoU of boxes, above shuffled"), "asked_mask_iou": (1, "IoU of masks, above shuffled"),
     "copies": (-1, "samples called copies, a share"), "membership": (0, "membership attack, AUROC"),
 }
-IDEAL = {"ms_ssim": 0., "membership": .5, "density": 1.}      # where neither less nor more is better
-WITHIN = {m: bounds for m, (_, bounds, _) in BENCH.items()} | {"copies": (0., 1.), "membership": (0., 1.), "pearson": (-1., 1.)}
+IDEAL = {"ms_ssim": 0., "seeds": 0., "membership": .5, "density": 1.}      # where neither less nor more is better
+WITHIN = {m: bounds for m, (_, bounds, _) in BENCH.items()} | {"seeds": (-2., 2.), "copies": (0., 1.), "membership": (0., 1.), "pearson": (-1., 1.)}
 
-# %% ../../nbs/27_sanity.ipynb #63f3a721
+# %% ../../nbs/27_sanity.ipynb #d3d79f65
 ARROWS = {  # way -> measure -> +1 must rise, -1 must fall, 0 must stay
-    "noise": dict(fid=1, fid_inf=1, kid=1, precision=-1, density=-1, coverage=-1, spectrum=1, copies=0),
-    "blur": dict(fid=1, fid_inf=1, kid=1, coverage=-1, spectrum=1, ms_ssim=1, copies=0),
+    "noise": dict(fid=1, fid_inf=1, kid=1, precision=-1, density=-1, coverage=-1, spectrum=1, seeds=-1, copies=0),
+    "blur": dict(fid=1, fid_inf=1, kid=1, coverage=-1, spectrum=1, ms_ssim=1, seeds=1, copies=0),
     "dropped": dict(fid=1, fid_inf=1, kid=1, recall=-1, coverage=-1, copies=0, membership=0),
     "invented": dict(fid=1, fid_inf=1, kid=1, precision=-1, density=-1, copies=0),
-    "memorised": dict(fid=0, fid_inf=0, kid=0, precision=0, recall=0, density=0, coverage=0, spectrum=0, ms_ssim=0, copies=1, membership=1),
+    "memorised": dict(fid=0, fid_inf=0, kid=0, precision=0, recall=0, density=0, coverage=0, spectrum=0, ms_ssim=0, seeds=0, copies=1, membership=1),
     "shuffled": dict(pearson=-1, asked_pearson=-1),   # and every other measure of faithfulness that is surely above 0.1 before
-    "fewer": dict(fid=1, fid_inf=0, kid=0, spectrum=0, membership=0),
+    "fewer": dict(fid=1, fid_inf=0, kid=0, spectrum=0, seeds=0, membership=0),
 }
 
 def holds(before: Estimate, after: Estimate, must: int) -> bool:
