@@ -18,7 +18,7 @@ from .fidelity import BENCH, fidelity, seeds_similarity, similarity
 from .oracles import Oracle, Statements, agreement, read
 from .privacy import Detector, membership, share
 
-# %% ../../nbs/27_sanity.ipynb #31d56a0f
+# %% ../../nbs/27_sanity.ipynb #fd7ef95c
 @dataclass
 class Bench:
     "What samples are held against; all images of one size."
@@ -62,6 +62,7 @@ class Bench:
         v = groups.mean() - self.alike.mean(); half = 1.96*np.sqrt(sum(x.var(ddof=1)/len(x) for x in (groups, self.alike)))
         return {"seeds": Estimate(float(v), float(v - half), float(v + half), len(samples), len(groups), f"95 %, normal, {len(groups)} groups of samples of one request and {len(self.alike)} pairs of real images")}
 
+# %% ../../nbs/27_sanity.ipynb #ef8333a7
 ALL = {m: (better, what) for m, (better, _, what) in BENCH.items()} | {"seeds": (0, "SSIM of samples of one request, above that of real pairs")} | {  # measure -> better: -1 lower, 1 higher, 0 nearest to what IDEAL says; what it is
     "pearson": (1, "correlation of asked and shown (chexgen)"),
     "asked_pearson": (1, "correlation of asked and shown, above shuffled"), "asked_auroc": (1, "AUROC of asked findings, above shuffled"), "asked_side": (1, "right side, above shuffled"),
