@@ -75,7 +75,16 @@ def test_inception_reads_torch_fidelitys_weights_and_a_run_its_classifier(phanto
 
 
 def test_intervals_need_something_to_halve():
-    with pytest.raises(ValueError, match="cannot be halved"): by_halves(lambda s, t: {}, np.zeros(9), 9, rng(0))
+    with pytest.raises(ValueError, match="cannot be halved"): by_halves(lambda s, t: {}, np.zeros(9), np.arange(9), rng(0))
+    x = np.zeros((12, 32, 32), np.uint8)
+    with pytest.raises(ValueError, match="give at least 16"): fidelity((np.zeros((12, 4)), x), (np.zeros((12, 4)), x), np.arange(12), rng(0), np.zeros((9, 4)))
+
+
+def test_images_of_one_patient_widen_an_interval():
+    z = rng(0).normal(0, 1, 60); x = np.repeat(z, 4)      # each patient four times
+    def mean(s, t): return dict(m=x[s].mean() - x[t].mean())
+    alone, together = (by_halves(mean, u, u, rng(1), 60)["m"] for u in (np.arange(240), np.arange(240)//4))
+    assert 1.6 < (together.hi - together.lo)/(alone.hi - alone.lo) < 2.4
 
 
 @pytest.fixture(scope="module")

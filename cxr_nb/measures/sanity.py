@@ -5,27 +5,30 @@
 # %% auto #0
 __all__ = ['ALL', 'IDEAL', 'WITHIN', 'ARROWS', 'Bench', 'holds', 'moved', 'spoilt']
 
-# %% ../../nbs/27_sanity.ipynb #669919e0
+# %% ../../nbs/27_sanity.ipynb #e3ce356c
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
+from scipy.spatial.distance import cdist
 
 from ..core import rng
 from .diagnosis import Estimate
 from .features import Extractor, features
-from .fidelity import BENCH, fidelity, seeds_similarity, similarity
+from .fidelity import BENCH, difference, fidelity, seeds_similarity, similarity
 from .oracles import Oracle, Statements, agreement, read
-from .privacy import Detector, membership, share
+from .privacy import Detector, membership, nearness, share
 
-# %% ../../nbs/27_sanity.ipynb #fd7ef95c
+# %% ../../nbs/27_sanity.ipynb #c084b685
 @dataclass
 class Bench:
     "What samples are held against; all images of one size."
     real: np.ndarray         # of patients that were not trained on, uint8 [n s s]
     patients: np.ndarray     # of these, [n]
-    train: np.ndarray        # some of the training images, uint8 [m s s]: members for the attack, and axes of the extrapolated distance
-    members: np.ndarray      # patients of these, [m]
+    members: np.ndarray      # some of the training images, uint8 [m s s], for the attack
+    member_patients: np.ndarray  # of these, [m]
+    trained: np.ndarray      # features of all training images, [t d]
+    at: np.ndarray           # which of them are those of the members, [m]; the others are the axes of the extrapolated distance
     extractor: Extractor
     detector: Detector       # of copies of the training images
     oracle: Oracle | None    # reads findings; None: faithfulness is not measured
@@ -34,8 +37,12 @@ class Bench:
     components: int = 0      # of the extrapolated distance; 0: by the number of images
 
     def __post_init__(self):
-        self.features, self.axes, h = features(self.real, self.extractor), features(self.train, self.extractor), len(self.real)//2
+        if len(self.trained) - len(set(self.at)) < 4: raise ValueError(f"{len(self.at)} members of {len(self.trained)} training images leave none for the axes: take fewer members")
+        self.features, self.axes, h = features(self.real, self.extractor), np.delete(self.trained, self.at, 0), len(self.real)//2
         order = rng(0, "pairs of real images").permutation(len(self.real)); self.alike = similarity(self.real[order[:h]], self.real[order[h:2*h]], multiscale=False)
+        self.unseen = self.detector.search(self.real)[0], self._nearest(self.features)
+
+    def _nearest(self, f): return np.concatenate([cdist(f[i:i + 200], self.trained).min(1) for i in range(0, len(f), 200)])
 
     def measure(self,
         samples: np.ndarray,        # uint8 [n s s]
@@ -43,44 +50,45 @@ class Bench:
         r: np.random.Generator,
         own: np.ndarray | None = None,  # features of the samples, where they have been taken, [n d]
         requests: np.ndarray | None = None,  # samples of one request have one number (`same_request`), [n]; None: all were made for the same
+        units: np.ndarray | None = None,     # patients of samples that are real images, [n]; None: each sample is its own
     ) -> dict[str, Estimate]:       # the columns of ALL that apply
         "Every measure, with its interval. Raises as `fidelity`, `agreement` and `membership` do."
         own = features(samples, self.extractor) if own is None else own
-        found = fidelity((self.features, self.real), (own, samples), self.patients, r, self.axes, self.k, self.halves, self.components)
+        found = fidelity((self.features, self.real), (own, samples), self.patients, r, self.axes, self.k, self.halves, self.components, units)
         found |= self._seeds(samples, np.zeros(len(samples), int) if requests is None else requests)
         if asked is not None and self.oracle is not None:
-            told = agreement(asked, read(self.oracle, samples), np.arange(len(samples)), r, self.halves)
-            found |= {"pearson": told["pearson"][0]} | {f"asked_{m}": excess for m, (_, excess) in told.items()}
-        found["copies"] = share(self.detector.copies(samples))
-        found["membership"] = membership(samples, self.train, self.real, np.concatenate([self.members, self.patients]), r, self.halves)
+            told = agreement(asked, read(self.oracle, samples), np.arange(len(samples)) if units is None else units, r, self.halves)
+            found |= {m: told[m][0] for m in ("pearson",) if m in told} | {f"asked_{m}": excess for m, (_, excess) in told.items()}
+        distance = self.detector.search(samples)[0]
+        found["copies"] = share(distance < self.detector.threshold, units)
+        for space, d, unseen in zip(("pixels", "features"), (distance, self._nearest(own)), self.unseen): found[f"near_{space}"] = nearness(d, unseen, r, self.halves)
+        found["membership"] = membership(samples, self.members, self.real, np.concatenate([self.member_patients, self.patients]), r, self.halves)
         return found
 
     def _seeds(self, samples, requests):   # groups of up to four samples of one request share no image, so they vary independently
-        if (np.bincount(requests) > 1).sum() == 0: return {}
+        if (np.bincount(requests)//2).sum() < 2: return {}      # there are no two pairs
         groups = seeds_similarity(samples, requests).to_numpy()
-        if len(groups) < 2: return {}
-        v = groups.mean() - self.alike.mean(); half = 1.96*np.sqrt(sum(x.var(ddof=1)/len(x) for x in (groups, self.alike)))
-        return {"seeds": Estimate(float(v), float(v - half), float(v + half), len(samples), len(groups), f"95 %, normal, {len(groups)} groups of samples of one request and {len(self.alike)} pairs of real images")}
+        return {"seeds": difference(groups, self.alike, len(samples), len(set(self.patients)), "groups of samples of one request and pairs of real images")} if len(groups) > 1 else {}
 
-# %% ../../nbs/27_sanity.ipynb #ef8333a7
+# %% ../../nbs/27_sanity.ipynb #b9b588ec
 ALL = {m: (better, what) for m, (better, _, what) in BENCH.items()} | {"seeds": (0, "SSIM of samples of one request, above that of real pairs")} | {  # measure -> better: -1 lower, 1 higher, 0 nearest to what IDEAL says; what it is
     "pearson": (1, "correlation of asked and shown (chexgen)"),
     "asked_pearson": (1, "correlation of asked and shown, above shuffled"), "asked_auroc": (1, "AUROC of asked findings, above shuffled"), "asked_side": (1, "right side, above shuffled"),
     "asked_site": (1, "right side and site, above shuffled"), "asked_severity": (1, "correlation of severities, above shuffled"), "asked_box_iou": (1, "IoU of boxes, above shuffled"), "asked_mask_iou": (1, "IoU of masks, above shuffled"),
-    "copies": (-1, "samples called copies, a share"), "membership": (0, "membership attack, AUROC"),
+    "copies": (-1, "samples called copies, a share"), "near_pixels": (0, "distance to the nearest training image, pixels, over that of unseen patients"), "near_features": (0, "the same in features"), "membership": (0, "membership attack, AUROC"),
 }
-IDEAL = {"ms_ssim": 0., "seeds": 0., "membership": .5, "density": 1.}      # where neither less nor more is better
-WITHIN = {m: bounds for m, (_, bounds, _) in BENCH.items()} | {"seeds": (-2., 2.), "copies": (0., 1.), "membership": (0., 1.), "pearson": (-1., 1.)}
+IDEAL = {"ms_ssim": 0., "seeds": 0., "membership": .5, "density": 1., "near_pixels": 1., "near_features": 1.}      # where neither less nor more is better
+WITHIN = {m: bounds for m, (_, bounds, _) in BENCH.items()} | {"seeds": (-2., 2.), "copies": (0., 1.), "near_pixels": (0., np.inf), "near_features": (0., np.inf), "membership": (0., 1.), "pearson": (-1., 1.)}
 
-# %% ../../nbs/27_sanity.ipynb #d3d79f65
+# %% ../../nbs/27_sanity.ipynb #81b67973
 ARROWS = {  # way -> measure -> +1 must rise, -1 must fall, 0 must stay
-    "noise": dict(fid=1, fid_inf=1, kid=1, precision=-1, density=-1, coverage=-1, spectrum=1, seeds=-1, copies=0),
-    "blur": dict(fid=1, fid_inf=1, kid=1, coverage=-1, spectrum=1, ms_ssim=1, seeds=1, copies=0),
-    "dropped": dict(fid=1, fid_inf=1, kid=1, recall=-1, coverage=-1, copies=0, membership=0),
-    "invented": dict(fid=1, fid_inf=1, kid=1, precision=-1, density=-1, copies=0),
-    "memorised": dict(fid=0, fid_inf=0, kid=0, precision=0, recall=0, density=0, coverage=0, spectrum=0, ms_ssim=0, seeds=0, copies=1, membership=1),
+    "noise": dict(fid=1, fid_inf=1, kid=1, precision=-1, density=-1, coverage=-1, spectrum=1, seeds=-1, copies=0, near_features=1),
+    "blur": dict(fid=1, fid_inf=1, kid=1, coverage=-1, spectrum=1, ms_ssim=1, seeds=1, copies=0, near_features=1),
+    "dropped": dict(fid=1, fid_inf=1, kid=1, recall=-1, coverage=-1, copies=0, near_pixels=0, membership=0),
+    "invented": dict(fid=1, fid_inf=1, kid=1, precision=-1, density=-1, copies=0, near_features=1),
+    "memorised": dict(fid=0, fid_inf=0, kid=0, precision=0, recall=0, density=0, coverage=0, spectrum=0, ms_ssim=0, seeds=0, copies=1, near_pixels=-1, near_features=-1, membership=1),
     "shuffled": dict(pearson=-1, asked_pearson=-1),   # and every other measure of faithfulness that is surely above 0.1 before
-    "fewer": dict(fid=1, fid_inf=0, kid=0, spectrum=0, seeds=0, membership=0),
+    "fewer": dict(fid=1, fid_inf=0, kid=0, spectrum=0, seeds=0, near_pixels=0, near_features=0, membership=0),
 }
 
 def holds(before: Estimate, after: Estimate, must: int) -> bool:
@@ -94,7 +102,7 @@ def moved(before: Estimate, after: Estimate) -> int:
     return 0
 
 def spoilt(images: np.ndarray, r: np.random.Generator) -> dict[str, np.ndarray]:  # uint8 [n s s]; way -> the same number of images
-    "Images made wrong by noise, by blur, and by turning four in ten upside down."
-    turned = images.copy(); at = r.permutation(len(images))[:round(.4*len(images))]; turned[at] = turned[at, ::-1]
+    "Images made wrong by noise, by blur, and by turning three in five upside down."
+    turned = images.copy(); at = r.permutation(len(images))[:round(.6*len(images))]; turned[at] = turned[at, ::-1]
     noised = (images + r.normal(0, 25.5, images.shape)).clip(0, 255).round().astype(np.uint8)
     return {"noise": noised, "blur": np.stack([cv2.GaussianBlur(i, (0, 0), images.shape[1]/32) for i in images]), "invented": turned}
