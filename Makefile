@@ -40,7 +40,7 @@ report: .venv/.done
 	  --config preset='$(PRESET)' site='$(SITE)' $(if $(SOURCE),source='$(SOURCE)') $(if $(ROOT),root='$(abspath $(ROOT))') \
 	  || { e=$$?; [ $$e = 75 ] && echo "another make report is at work in $(RUNS): wait for it, or give this one its own folder (RUNS=...)"; }; \
 	[ -z "$$new" ] || compgen -G '$(RUNS)/[0-9]*' >/dev/null || rm -rf $(RUNS); exit $${e:-0}  # a dry run, or one that was refused, leaves no new folder
-	@$(if $(filter -n% -pn --dry%,$(ARGS)),,[ ! -f $(SITE)/index.html ] || [ -n "$$(find $(RUNS) -maxdepth 2 -name run.json -newer $(SITE)/index.html)" ] || echo "report: $(SITE)/index.html")
+	@$(if $(filter -n% -pn --dry%,$(ARGS)),,[ ! -f $(SITE)/index.html ] || [ -n "$$(find $(RUNS) -maxdepth 3 -name run.json -newer $(SITE)/index.html)" ] || echo "report: $(SITE)/index.html")
 
 test: export OMP_NUM_THREADS = 1
 test: .venv/.done

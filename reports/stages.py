@@ -9,12 +9,13 @@ import yaml
 from cxr_nb.core import check_parameters, read_parameters, repo_root
 
 # What a stage takes from earlier ones: {stage: {parameter: path in the folder of runs}}. The parameters `dataset` (the set of radiographs), `phantom` (the simulated one) and `real` (that of a release) need no row here.
+GENERATORS = {"vae": "31_vae", "gmvae": "32_gmvae", "lsgan": "33_lsgan", "pggan": "34_pggan"}
 TAKES = {
     "22_features": {"classifier": "20_classifier"},
     "27_sanity": {"oracles": "24_oracles"},
-    "39_families": {"vae": "31_vae", "gmvae": "32_gmvae", "lsgan": "33_lsgan", "pggan": "34_pggan"},
+    "39_families": GENERATORS,
     "50_augment": {"synthetic": "31_vae/set"},
-    "60_leaderboard": {"vae": "31_vae", "gmvae": "32_gmvae", "lsgan": "33_lsgan", "pggan": "34_pggan", "oracles": "24_oracles"},
+    "60_leaderboard": GENERATORS | {"oracles": "24_oracles"},
     "90_report": {"runs": ""},  # all others
 }
 
@@ -47,7 +48,8 @@ def plan(
     if gone := sorted({*TAKES, *given} - {*notebooks}): raise ValueError(f"the workflow names {', '.join(gone)}, but nbs/ has no such notebook")
 
     settings, where = read_preset(preset, repo)
-    resources, chosen = settings.pop("resources", {}), settings.pop("stages", list(notebooks))
+    resources, chosen, seeds = settings.pop("resources", {}), settings.pop("stages", list(notebooks)), settings.pop("seeds", [])
+    if not isinstance(seeds, list) or not all(isinstance(k, int) and k > 0 for k in seeds) or len(set(seeds)) < len(seeds): raise ValueError(f"{where}: `seeds` is {seeds!r}; give a list of different whole numbers from 1 on, e.g. [1, 2]")
     for s in [*settings, *resources, *chosen]:
         if s not in notebooks: raise ValueError(f"{where}: no stage `{s}`; the nearest is `{nearest(s, notebooks)}`. Stages: {', '.join(notebooks)}")
 
@@ -58,19 +60,23 @@ def plan(
     before = {s: {path.split("/")[0] for path in takes[s].values()} - {""} for s in notebooks}
     def with_needs(s): return {s}.union(*map(with_needs, before[s]))
     stages: dict[str, Stage] = {}
-    for s in sorted(set().union({"90_report"}, *map(with_needs, chosen))):
+    wanted = sorted(set().union({"90_report"}, *map(with_needs, chosen)))
+    again = {s: {f"seed{k}/{s}": k for k in seeds} for s in GENERATORS.values()} if "60_leaderboard" in wanted else {}  # trained once more, with another seed
+    for s in wanted:
         needs = list(stages) if s == "90_report" else sorted(before[s])
         wired = {"out": f"{runs}/{s}"} | {k: f"{runs}/{path}".rstrip("/") for k, path in takes[s].items()} | given.get(s, {})
+        if s == "60_leaderboard" and seeds: needs += [n for many in again.values() for n in many]; wired["repeats"] = [f"{runs}/seed{k}" for k in seeds]
         mine = settings.get(s) or {}
         if twice := sorted({*mine} & {*wired}): raise ValueError(f"{where}: `{twice[0]}` of {s} is set by the workflow; leave it out of the preset")
         check_parameters(notebooks[s], mine | wired, where)
         rest = dict(resources.get(s) or {}); threads = rest.pop("threads", 1)
-        key = [mine | wired, threads, code_of_notebook(notebooks[s], repo), [stages[n].key for n in needs]]
-        stages[s] = Stage(mine | wired, needs, hashlib.sha256(json.dumps(key).encode()).hexdigest(), threads, rest)
+        for name, own in {s: mine | wired, **{n: mine | wired | {"seed": k, "out": f"{runs}/{n}"} for n, k in again.get(s, {}).items()}}.items():
+            key = [own, threads, code_of_notebook(notebooks[s], repo), [stages[n].key for n in needs]]
+            stages[name] = Stage(own, needs, hashlib.sha256(json.dumps(key).encode()).hexdigest(), threads, rest)
     def size_of(s): return stages[s].parameters.get("size", have[s].get("size", 0))
-    for s, source in [(stage, sets[k].split("/")[0]) for stage in stages for k in sorted(set(sets) & set(takes[stage]))]:
+    for s, source in [(stage, sets[k].split("/")[0]) for stage in wanted for k in sorted(set(sets) & set(takes[stage]))]:
         if size_of(s) > size_of(source): raise ValueError(f"{where}: {s} asks for {size_of(s)} px, but {source} makes a set of {size_of(source)} px: give that size={size_of(s)}, or {s} a smaller one")
-    if early := [(s, n) for s in stages for n in stages[s].needs if n >= s]: raise ValueError(f"{early[0][0]} cannot take anything from {early[0][1]}, which comes after it")
+    if early := [(s, n) for s in wanted for n in stages[s].needs if Path(n).name >= s]: raise ValueError(f"{early[0][0]} cannot take anything from {early[0][1]}, which comes after it")
     return stages
 
 

@@ -95,7 +95,7 @@ def test_public_names_have_docstrings(module):
 
 @pytest.mark.parametrize("preset", ["smoke", *(p.stem for p in sorted((ROOT/"reports"/"presets").glob("*.yaml")))])
 def test_preset_fits_the_notebooks(preset, tmp_path):
-    assert len(plan(preset, "runs")) == len([p for p in NOTEBOOKS if p.stem < "95"])
+    assert len([s for s in plan(preset, "runs") if "/" not in s]) == len([p for p in NOTEBOOKS if p.stem < "95"])
     assert plan(preset, "runs", "nih", str(tmp_path))["16_audit"].parameters["dataset"] == "runs/12_images/set"
 
 

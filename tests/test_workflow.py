@@ -27,6 +27,8 @@ RUNS, SITE = ROOT/"reports"/"runs"/"chain", ROOT/"reports"/"site"/"chain"
     ({"16_audit": {"dataset": "x"}}, "`dataset` of 16_audit is set by the workflow"),
     ({"resources": {"15_phantoms": {"threads": 2}}}, "no stage `15_phantoms`; the nearest is `15_phantom`"),
     ({"34_pggan": {"size": 128}}, "34_pggan asks for 128 px, but 15_phantom makes a set of 64 px"),
+    ({"seeds": [1, 1]}, "`seeds` is [1, 1]; give a list of different whole numbers"),
+    ({"seeds": 2}, "`seeds` is 2; give a list"),
     ({"stages": ["31_vea"]}, "no stage `31_vea`; the nearest is `31_vae`"),
 ])
 def test_preset_that_does_not_fit_is_refused(tmp_path, preset, said):
@@ -57,6 +59,15 @@ def test_stages_take_the_phantom_or_the_release(tmp_path):
     assert real["56_transfer"].parameters["real"] == "r/12_images/set" and real["56_transfer"].parameters["phantom"] == "r/15_phantom/set" and "real" not in plan("smoke", "r")["56_transfer"].parameters
     assert real["12_images"].parameters == {"out": "r/12_images", "source": "nih", "root": str(tmp_path)}
     assert list(plan(CHAIN, "r")) == ["15_phantom", "31_vae", "90_report"] and plan(CHAIN, "r")["90_report"].needs == ["15_phantom", "31_vae"]
+
+
+def test_generators_are_trained_once_more_for_each_seed_of_the_preset(tmp_path):
+    (tmp_path/"p.yaml").write_text("seeds: [4, 5]\n31_vae: {steps: 7}\nresources: {31_vae: {threads: 2}}\n"); many, once = plan(str(tmp_path/"p.yaml"), "r"), plan("smoke", "r")
+    more = {f"seed{k}/{s}" for k in (4, 5) for s in ("31_vae", "32_gmvae", "33_lsgan", "34_pggan")}
+    assert set(many) - set(once) == more and more < set(many["60_leaderboard"].needs) and many["60_leaderboard"].parameters["repeats"] == ["r/seed4", "r/seed5"]
+    own = many["seed5/31_vae"]; assert own.parameters == many["31_vae"].parameters | {"seed": 5, "out": "r/seed5/31_vae"} and own.threads == 2 and own.needs == ["15_phantom"] and own.key != many["seed4/31_vae"].key
+    assert "repeats" not in once["60_leaderboard"].parameters and not set(many["39_families"].needs) & more
+    (tmp_path/"p.yaml").write_text("seeds: [4]\nstages: [31_vae]\n"); assert "seed4/31_vae" not in plan(str(tmp_path/"p.yaml"), "r"), "only the leaderboard takes them"
 
 
 def small_checkout(root):

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['ALL', 'IDEAL', 'WITHIN', 'ARROWS', 'Bench', 'holds', 'moved', 'spoilt']
 
-# %% ../../nbs/27_sanity.ipynb #e3ce356c
+# %% ../../nbs/27_sanity.ipynb #b054f9ba
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
+from fastcore.basics import patch
 from scipy.spatial.distance import cdist
 
 from ..core import rng
@@ -19,7 +20,7 @@ from .fidelity import BENCH, difference, fidelity, seeds_similarity, similarity
 from .oracles import Oracle, Statements, agreement, read
 from .privacy import Detector, membership, nearness, share
 
-# %% ../../nbs/27_sanity.ipynb #c084b685
+# %% ../../nbs/27_sanity.ipynb #273f4f48
 @dataclass
 class Bench:
     "What samples are held against; all images of one size."
@@ -44,31 +45,33 @@ class Bench:
 
     def _nearest(self, f): return np.concatenate([cdist(f[i:i + 200], self.trained).min(1) for i in range(0, len(f), 200)])
 
-    def measure(self,
-        samples: np.ndarray,        # uint8 [n s s]
-        asked: Statements | None,   # of the samples; None: nothing was
-        r: np.random.Generator,
-        own: np.ndarray | None = None,  # features of the samples, where they have been taken, [n d]
-        requests: np.ndarray | None = None,  # samples of one request have one number (`same_request`), [n]; None: all were made for the same
-        units: np.ndarray | None = None,     # patients of samples that are real images, [n]; None: each sample is its own
-    ) -> dict[str, Estimate]:       # the columns of ALL that apply
-        "Every measure, with its interval. Raises as `fidelity`, `agreement` and `membership` do."
-        own = features(samples, self.extractor) if own is None else own
-        found = fidelity((self.features, self.real), (own, samples), self.patients, r, self.axes, self.k, self.halves, self.components, units)
-        found |= self._seeds(samples, np.zeros(len(samples), int) if requests is None else requests)
-        if asked is not None and self.oracle is not None:
-            told = agreement(asked, read(self.oracle, samples), np.arange(len(samples)) if units is None else units, r, self.halves)
-            found |= {m: told[m][0] for m in ("pearson",) if m in told} | {f"asked_{m}": excess for m, (_, excess) in told.items()}
-        distance = self.detector.search(samples)[0]
-        found["copies"] = share(distance < self.detector.threshold, units)
-        for space, d, unseen in zip(("pixels", "features"), (distance, self._nearest(own)), self.unseen): found[f"near_{space}"] = nearness(d, unseen, r, self.halves)
-        found["membership"] = membership(samples, self.members, self.real, np.concatenate([self.member_patients, self.patients]), r, self.halves)
-        return found
-
     def _seeds(self, samples, requests):   # groups of up to four samples of one request share no image, so they vary independently
         if (np.bincount(requests)//2).sum() < 2: return {}      # there are no two pairs
         groups = seeds_similarity(samples, requests).to_numpy()
         return {"seeds": difference(groups, self.alike, len(samples), len(set(self.patients)), "groups of samples of one request and pairs of real images")} if len(groups) > 1 else {}
+
+# %% ../../nbs/27_sanity.ipynb #d74ba159
+@patch
+def measure(self: Bench,
+    samples: np.ndarray,        # uint8 [n s s]
+    asked: Statements | None,   # of the samples; None: nothing was
+    r: np.random.Generator,
+    own: np.ndarray | None = None,  # features of the samples, where they have been taken, [n d]
+    requests: np.ndarray | None = None,  # samples of one request have one number (`same_request`), [n]; None: all were made for the same
+    units: np.ndarray | None = None,     # patients of samples that are real images, [n]; None: each sample is its own
+) -> dict[str, Estimate]:       # the columns of ALL that apply
+    "Every measure, with its interval. Raises as `fidelity`, `agreement` and `membership` do."
+    own = features(samples, self.extractor) if own is None else own
+    found = fidelity((self.features, self.real), (own, samples), self.patients, r, self.axes, self.k, self.halves, self.components, units)
+    found |= self._seeds(samples, np.zeros(len(samples), int) if requests is None else requests)
+    if asked is not None and self.oracle is not None:
+        told = agreement(asked, read(self.oracle, samples), np.arange(len(samples)) if units is None else units, r, self.halves)
+        found |= {m: told[m][0] for m in ("pearson",) if m in told} | {f"asked_{m}": excess for m, (_, excess) in told.items()}
+    distance = self.detector.search(samples)[0]
+    found["copies"] = share(distance < self.detector.threshold, units)
+    for space, d, unseen in zip(("pixels", "features"), (distance, self._nearest(own)), self.unseen): found[f"near_{space}"] = nearness(d, unseen, r, self.halves)
+    found["membership"] = membership(samples, self.members, self.real, np.concatenate([self.member_patients, self.patients]), r, self.halves)
+    return found
 
 # %% ../../nbs/27_sanity.ipynb #b9b588ec
 ALL = {m: (better, what) for m, (better, _, what) in BENCH.items()} | {"seeds": (0, "SSIM of samples of one request, above that of real pairs")} | {  # measure -> better: -1 lower, 1 higher, 0 nearest to what IDEAL says; what it is
