@@ -83,11 +83,12 @@ ALL = {m: (better, what) for m, (better, _, what) in BENCH.items()} | {"seeds": 
 IDEAL = {"ms_ssim": 0., "seeds": 0., "membership": .5, "density": 1., "near_pixels": 1., "near_features": 1.}      # where neither less nor more is better
 WITHIN = {m: bounds for m, (_, bounds, _) in BENCH.items()} | {"seeds": (-2., 2.), "copies": (0., 1.), "near_pixels": (0., np.inf), "near_features": (0., np.inf), "membership": (0., 1.), "pearson": (-1., 1.)}
 
-# %% ../../nbs/27_sanity.ipynb #81b67973
+# %% ../../nbs/27_sanity.ipynb #ef0d9565
 ARROWS = {  # way -> measure -> +1 must rise, -1 must fall, 0 must stay
     "noise": dict(fid=1, fid_inf=1, kid=1, precision=-1, density=-1, coverage=-1, spectrum=1, seeds=-1, copies=0, near_features=1),
     "blur": dict(fid=1, fid_inf=1, kid=1, coverage=-1, spectrum=1, ms_ssim=1, seeds=1, copies=0, near_features=1),
-    "dropped": dict(fid=1, fid_inf=1, kid=1, recall=-1, coverage=-1, copies=0, near_pixels=0, membership=0),
+    "dropped": dict(fid=1, fid_inf=1, kid=1, coverage=-1, copies=0, near_pixels=0, membership=0),
+    "narrowed": dict(recall=-1, density=1, copies=0, membership=0),
     "invented": dict(fid=1, fid_inf=1, kid=1, precision=-1, density=-1, copies=0, near_features=1),
     "memorised": dict(fid=0, fid_inf=0, kid=0, precision=0, recall=0, density=0, coverage=0, spectrum=0, ms_ssim=0, seeds=0, copies=1, near_pixels=-1, near_features=-1, membership=1),
     "shuffled": dict(pearson=-1, asked_pearson=-1),   # and every other measure of faithfulness that is surely above 0.1 before
