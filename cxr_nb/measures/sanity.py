@@ -73,12 +73,12 @@ def measure(self: Bench,
     found["membership"] = membership(samples, self.members, self.real, np.concatenate([self.member_patients, self.patients]), r, self.halves)
     return found
 
-# %% ../../nbs/27_sanity.ipynb #b9b588ec
+# %% ../../nbs/27_sanity.ipynb #3895ab5b
 ALL = {m: (better, what) for m, (better, _, what) in BENCH.items()} | {"seeds": (0, "SSIM of samples of one request, above that of real pairs")} | {  # measure -> better: -1 lower, 1 higher, 0 nearest to what IDEAL says; what it is
     "pearson": (1, "correlation of asked and shown (chexgen)"),
     "asked_pearson": (1, "correlation of asked and shown, above shuffled"), "asked_auroc": (1, "AUROC of asked findings, above shuffled"), "asked_side": (1, "right side, above shuffled"),
     "asked_site": (1, "right side and site, above shuffled"), "asked_severity": (1, "correlation of severities, above shuffled"), "asked_box_iou": (1, "IoU of boxes, above shuffled"), "asked_mask_iou": (1, "IoU of masks, above shuffled"),
-    "copies": (-1, "samples called copies, a share"), "near_pixels": (0, "distance to the nearest training image, pixels, over that of unseen patients"), "near_features": (0, "the same in features"), "membership": (0, "membership attack, AUROC"),
+    "copies": (-1, "samples called copies, a share"), "near_pixels": (0, "distance to training, pixels (strangers: 1)"), "near_features": (0, "distance to training, features (strangers: 1)"), "membership": (0, "membership attack, AUROC"),
 }
 IDEAL = {"ms_ssim": 0., "seeds": 0., "membership": .5, "density": 1., "near_pixels": 1., "near_features": 1.}      # where neither less nor more is better
 WITHIN = {m: bounds for m, (_, bounds, _) in BENCH.items()} | {"seeds": (-2., 2.), "copies": (0., 1.), "near_pixels": (0., np.inf), "near_features": (0., np.inf), "membership": (0., 1.), "pearson": (-1., 1.)}
