@@ -72,7 +72,7 @@ def test_faithfulness_stands_only_where_something_was_asked(board):
 def test_confusion_tables_stand_for_what_was_asked(board):
     t = pd.read_csv(board/"confusion.csv"); kinds = t.groupby("model").what.agg(set)
     assert kinds["GMVAE: copier"] == {"finding"} and kinds["other patients"] == {"finding", "side", "severity"} and set(t[t.model == "GMVAE: copier"].runs) == {2}
-    shares = t[t.what != "finding"].groupby(["model", "what", "asked"]).value.sum(); assert np.allclose(shares, 1) and len(shares) >= 10
+    shares = t[t.what != "finding"].groupby(["model", "what", "asked"]).value.sum(); assert np.allclose(shares, 1, atol=1e-3) and len(shares) >= 10
 
 
 def test_means_of_one_request_are_one_image(board):

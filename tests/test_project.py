@@ -99,6 +99,11 @@ def test_preset_fits_the_notebooks(preset, tmp_path):
     assert plan(preset, "runs", "nih", str(tmp_path))["16_audit"].parameters["dataset"] == "runs/12_images/set"
 
 
+def test_every_showcase_file_that_the_readme_names_is_there():
+    text = (ROOT/"README.md").read_text(); named = set(re.findall(r"`([a-z_]+\.(?:csv|svg|png))`", text)) - {"rejects.csv", "split.csv"}
+    assert len(named) > 10 and {n for n in named if not (ROOT/"reports"/"showcase"/n).is_file()} == set()
+
+
 def requirements(lines): return {re.split(r"[ ><=!~]", l)[0].lower(): re.sub(r"^[\w.-]+ *", "", l) for l in lines}
 
 

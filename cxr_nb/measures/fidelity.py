@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BENCH', 'moments', 'frechet', 'frechet_at_infinity', 'leading', 'kernel_distance', 'subset_distances',
            'neighbourhoods', 'similarity', 'pairs_similarity', 'seeds_similarity', 'power_spectrum', 'log_spectrum',
-           'spectral_distance', 'wilson', 'by_halves', 'difference', 'Compared', 'fidelity']
+           'spectral_distance', 'wilson', 'by_halves', 'difference', 'number', 'Compared', 'fidelity']
 
 # %% ../../nbs/23_fidelity.ipynb #d7d98c00
 from collections.abc import Callable
@@ -18,10 +18,12 @@ from torchmetrics.functional.image import multiscale_structural_similarity_index
 
 from .diagnosis import Estimate
 
-# %% ../../nbs/23_fidelity.ipynb #eaaf545d
+# %% ../../nbs/23_fidelity.ipynb #0fc3353d
 def _pair(real: np.ndarray, made: np.ndarray, least: int = 2) -> tuple[np.ndarray, np.ndarray]:
     for name, f in (("real", real), ("made", made)):
-        if f.ndim != 2 or len(f) < least: raise ValueError(f"the {name} features are {f.shape}; at least {least} rows [n d] are needed")
+        if np.ndim(f) != 2: raise ValueError(f"the {name} features are {np.shape(f)}; give features [n d] (`features` takes them of images)")
+        if not np.isfinite(f).all(): raise ValueError(f"the {name} features are not all finite: leave out the images that gave them")
+        if len(f) < least: raise ValueError(f"the {name} features are {f.shape}; at least {least} rows [n d] are needed")
     if real.shape[1] != made.shape[1]: raise ValueError(f"features of {real.shape[1]} and of {made.shape[1]} dimensions cannot be compared: take both with one extractor")
     return np.asarray(real), np.asarray(made)
 
@@ -51,7 +53,7 @@ def frechet(
     (mu, s), (nu, t) = moments(real), moments(made)
     return float(max((mu - nu) @ (mu - nu) + np.trace(s) + np.trace(t) - 2*np.linalg.svd(_root(s).T @ _root(t), compute_uv=False).sum(), 0.))
 
-# %% ../../nbs/23_fidelity.ipynb #ae6ebc2b
+# %% ../../nbs/23_fidelity.ipynb #bc40baed
 def frechet_at_infinity(
     real: np.ndarray,  # features [n d]
     made: np.ndarray,  # features [m d]
@@ -67,7 +69,7 @@ def frechet_at_infinity(
 
 def leading(real: np.ndarray, f: np.ndarray, components: int) -> np.ndarray:  # features [n d] and [m d]; [m min(n - 1, components)]
     "Features in the leading principal components of the real ones."
-    real = real.astype(float); mean = real.mean(0)
+    real, f = _pair(real, f); real = real.astype(float); mean = real.mean(0)
     return (f - mean) @ np.linalg.svd(real - mean, full_matrices=False)[2][:min(components, len(real) - 1)].T
 
 # %% ../../nbs/23_fidelity.ipynb #37b55cea
@@ -98,7 +100,7 @@ def subset_distances(
     if size > min(len(real), len(made)): raise ValueError(f"subsets of {size} images cannot be drawn from {len(real)} and {len(made)}: lower size")
     return np.array([kernel_distance(real[r.permutation(len(real))[:size]], made[r.permutation(len(made))[:size]]) for _ in range(subsets)])
 
-# %% ../../nbs/23_fidelity.ipynb #c8a71a42
+# %% ../../nbs/23_fidelity.ipynb #7280280a
 def _apart(a, b):  # Euclidean distances [n m] by one matrix product, in float64
     return np.sqrt(np.maximum((a**2).sum(1)[:, None] + (b**2).sum(1) - 2*a @ b.T, 0))
 
@@ -114,6 +116,7 @@ def neighbourhoods(
     most: int = 10_000,# images of a set, for the memory's sake
 ) -> dict[str, float]: # precision, recall, coverage in 0 ... 1; density from 0, 1 for equal distributions
     "Precision and recall (Kynkäänniemi et al. 2019), density and coverage (Naeem et al. 2020). Raises `ValueError` where a set has no more than `k` images, or more than `most`."
+    if k < 1: raise ValueError(f"k is {k}; a radius needs one neighbour or more")
     real, made = _pair(real, made, k + 1)
     if max(len(real), len(made)) > most: raise ValueError(f"{len(real)} and {len(made)} images need {(len(real) + len(made))**2*8/2**30:.0f} GiB of distances: take {most} of each at random, or raise most")
     a, b = real.astype(float), made.astype(float)
@@ -156,7 +159,7 @@ def seeds_similarity(
     g, i, j = map(np.array, zip(*pairs))
     return pd.Series(similarity(images[i], images[j], multiscale=False)).groupby(g).mean().set_axis([p for p, _ in groups])
 
-# %% ../../nbs/23_fidelity.ipynb #31c71228
+# %% ../../nbs/23_fidelity.ipynb #1e823724
 def power_spectrum(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # uint8 [n s s]; cycles a pixel [k], power [n k]
     "Radially averaged power of each image, under a Hann window."
     x = images.astype(float)/255; s = x.shape[1]
@@ -167,7 +170,8 @@ def power_spectrum(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # uint
     return np.arange(1, s//2)/s, np.stack([np.bincount(ring.ravel(), p.ravel())[:s//2]/count for p in power])[:, 1:]
 
 def log_spectrum(images: np.ndarray) -> np.ndarray:  # uint8 [n s s]; decibels [n s/2 - 1]
-    "Logarithm of the power spectrum of each image, above white noise of a hundredth of a grey level."
+    "Logarithm of the power spectrum of each image, above white noise of a hundredth of a grey level. Raises `ValueError` for images of another form."
+    if images.dtype != np.uint8 or images.ndim != 3: raise ValueError(f"spectra are taken of uint8 [n s s], not of {images.dtype} {images.shape}")
     window = np.outer(*[np.hanning(images.shape[1])]*2)
     return 10*np.log10(power_spectrum(images)[1] + (.01/255)**2*(window**2).sum())
 
@@ -212,12 +216,16 @@ def difference(
     v, wide = a.mean() - b.mean(), 1.96*np.sqrt(sum(x.var(ddof=1)/len(x) for x in (a, b)))
     return Estimate(float(v), float(v - wide), float(v + wide), images, patients, f"95 %, normal, {len(a)} and {len(b)} {how}")
 
-# %% ../../nbs/23_fidelity.ipynb #ead680e0
+# %% ../../nbs/23_fidelity.ipynb #04bf332e
 BENCH = {  # measure -> better: -1 lower, 1 higher, 0 nearest to zero; least and greatest value; what it is, for tables
     "fid": (-1, (0, np.inf), "Fréchet distance"), "fid_inf": (-1, (-np.inf, np.inf), "Fréchet distance at infinity, leading components"), "kid": (-1, (-np.inf, np.inf), "kernel distance"),
     "precision": (1, (0, 1), "precision"), "recall": (1, (0, 1), "recall"), "density": (1, (0, np.inf), "density"), "coverage": (1, (0, 1), "coverage"),
     "spectrum": (-1, (0, np.inf), "spectral distance, dB"), "ms_ssim": (0, (-1, 1), "MS-SSIM of pairs, above that of real pairs"),
 }
+
+def number(v: float) -> str:
+    "A number for a table: three digits, none of them behind the point from a hundred on."
+    return f"{v:,.0f}" if abs(v) >= 100 else f"{v:.3g}" if abs(v) >= .01 else f"{v:.3f}".replace("-0.000", "0.000")
 
 class Compared:
     "Two sets of features, of which any parts are compared from one matrix of inner products."
@@ -254,7 +262,7 @@ class Compared:
         rr, rm, mm = self._of(self.kernel, s, t)
         return float((rr.sum() - np.trace(rr))/(len(s)*(len(s) - 1)) + (mm.sum() - np.trace(mm))/(len(t)*(len(t) - 1)) - 2*rm.mean())
 
-# %% ../../nbs/23_fidelity.ipynb #a48d3cca
+# %% ../../nbs/23_fidelity.ipynb #abcf4047
 def fidelity(
     real: tuple[np.ndarray, np.ndarray],  # features [n d] and images uint8 [n s s]
     made: tuple[np.ndarray, np.ndarray],  # features [m d] and images uint8 [m s s]
@@ -271,6 +279,7 @@ def fidelity(
     if not (len(rf) == len(ri) == len(patients)) or len(mf) != len(mi): raise ValueError(f"{len(ri)} real images with {len(rf)} features and {len(patients)} patients, {len(mi)} made ones with {len(mf)} features: each image needs its own")
     if ri.shape[1:] != mi.shape[1:]: raise ValueError(f"real images of {ri.shape[1:]} and made ones of {mi.shape[1:]} px cannot be compared: average the larger ones down first")
     units = np.arange(len(mi)) if units is None else np.asarray(units)
+    if len(units) != len(mi): raise ValueError(f"{len(units)} units for {len(mi)} made images: give one for each")
     if (few := min(len(set(patients)), len(set(units)))) < (least := max(16, 2*(k + 1))): raise ValueError(f"{few} patients or samples are too few for halves of them to be measured: give at least {least} of each")
     spectra = [log_spectrum(x) for x in (ri, mi)]
     cut, c = int(r.integers(2**31)), Compared(rf, mf, axes, components or int(np.clip(min(len(rf), len(mf))//16, 2, 32)))

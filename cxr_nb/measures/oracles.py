@@ -146,7 +146,7 @@ def losses(self: Oracle, batch: dict[str, Tensor], step: int = 0) -> dict[str, T
 
 _NO_PLACE = torch.tensor([[j >= len(PLACES[f]) for j in range(MOST)] for f in NAMES])
 
-# %% ../../nbs/24_oracles.ipynb #011bae26
+# %% ../../nbs/24_oracles.ipynb #2f56cfe4
 class Told(Dataset):
     "Images with what is said of them, in changing styles: gamma, blur and noise."
     def __init__(self,
@@ -189,13 +189,15 @@ def load_oracle(run: str | Path) -> Oracle:
     found = latest_checkpoint(Path(run)/"fit")
     if found is None: raise FileNotFoundError(f"{run}/fit holds no checkpoint: run 24_oracles with out={run} first")
     config = json.loads((found/"state.json").read_text())["settings"]["config"]
+    if not (Path(run)/"fit"/"patients.json").is_file(): raise FileNotFoundError(f"{run} is no finished run of 24_oracles (fit/patients.json is missing): run 24_oracles with out={run}, or give another folder")
     oracle = load_weights(Oracle(size=config["size"]), found/"model.safetensors").to(default_device())
     oracle.patients = frozenset(json.loads((Path(run)/"fit"/"patients.json").read_text()))
     return oracle
 
-# %% ../../nbs/24_oracles.ipynb #dfeb8e87
+# %% ../../nbs/24_oracles.ipynb #55d5b4a3
 def read(oracle: Oracle, images: np.ndarray, batch_size: int = 64) -> Statements:  # images uint8 [n s s]
-    "What the oracle sees in images; those of another size are brought to its own."
+    "What the oracle sees in images; those of another size are brought to its own. Raises `ValueError` for images of another form."
+    if images.dtype != np.uint8 or images.ndim != 3 or not len(images): raise ValueError(f"the oracle reads uint8 [n s s] with n > 0, not {images.dtype} {images.shape}")
     device, side, parts = next(oracle.parameters()).device, oracle.size or images.shape[1], []
     with evaluating(oracle):
         for i in range(0, len(images), batch_size):
@@ -224,7 +226,7 @@ def box_iou_pairs(a: np.ndarray, b: np.ndarray) -> np.ndarray:  # boxes [... 4];
     inner = (hi - lo).clip(0).prod(-1)
     return inner/((a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1) - inner)
 
-# %% ../../nbs/24_oracles.ipynb #a189ba26
+# %% ../../nbs/24_oracles.ipynb #c90b9113
 MEASURES = ("pearson", "auroc", "side", "site", "severity", "box_iou", "mask_iou")
 
 def _correlation(asked, shown):  # 0 where the same is shown whatever is asked for
@@ -252,6 +254,7 @@ def agreement(
 ) -> dict[str, tuple[Estimate, Estimate]]:  # measure -> (agreement, agreement less that under shuffled requests); only what was asked for
     "How far images show what was asked for, and how far above chance. Raises `ValueError` where nothing was asked for, or where requests, images and units are not equally many."
     if len(asked) != len(shown): raise ValueError(f"{len(asked)} requests and {len(shown)} images cannot be paired")
+    if asked.masks.shape != shown.masks.shape: raise ValueError(f"masks were asked for on a grid of {asked.masks.shape[-1]} cells and are shown on {shown.masks.shape[-1]}: call statements with grid={shown.masks.shape[-1]}")
     if len(units) != len(asked): raise ValueError(f"{len(units)} units for {len(asked)} images: give one for each")
     findings = np.flatnonzero((np.minimum((asked.present == 1).sum(0), (asked.present == 0).sum(0)) >= least) & np.isin(NAMES, only))
     if not len(findings): raise ValueError(f"no finding{'' if only == NAMES else ' of ' + ', '.join(only)} was asked for in {least} images and to be absent in as many: there is nothing that could be confused")
@@ -263,7 +266,7 @@ def agreement(
     def defined(v): return np.isfinite(v.iloc[0]) and np.isfinite(v).mean() > .95      # a measure of very few images is left out
     return {m: (est(own[m]), est(own[m] - chance[m])) for m in MEASURES if defined(own[m]) and defined(own[m] - chance[m])}
 
-# %% ../../nbs/24_oracles.ipynb #e8d7d5eb
+# %% ../../nbs/24_oracles.ipynb #1f617eb3
 GRADES = {"finding": NAMES, "side": ("left", "right"), "severity": ("mild", "moderate", "severe")}  # what may be confused
 
 def confusions(asked: Statements, shown: Statements) -> pd.DataFrame:  # what (of GRADES), asked, shown, value, lo, hi, n (asked for)
@@ -288,7 +291,7 @@ def plot_confusion(table: pd.DataFrame, what: str, ax: plt.Axes) -> None:  # tab
     t = table[table.what == what].pivot(index="asked", columns="shown", values="value").reindex(index=GRADES[what], columns=GRADES[what])
     if t.isna().all(axis=None): ax.axis("off"); return
     most = max(np.nanmax(np.abs(t)), 1e-9) if what == "finding" else 1
-    ax.imshow(t, cmap="RdBu_r" if what == "finding" else "Blues", vmin=-most if what == "finding" else 0, vmax=most)
+    ax.set_facecolor("lightgrey"); ax.imshow(t, cmap="RdBu_r" if what == "finding" else "Blues", vmin=-most if what == "finding" else 0, vmax=most)
     for set_ticks, turn in ((ax.set_xticks, dict(rotation=90)), (ax.set_yticks, {})): set_ticks(range(len(t)), [c.replace("_", " ") for c in GRADES[what]], fontsize=6, **turn)
     if what != "finding":
         for p, q in np.argwhere(t.notna().to_numpy()): ax.text(q, p, f"{t.iloc[p, q]:.2f}", ha="center", va="center", fontsize=7, color="w" if t.iloc[p, q] > .6 else "k")

@@ -18,7 +18,7 @@ from scipy.spatial.distance import cdist
 from .diagnosis import Estimate, auroc, estimate, patient_weights
 from .fidelity import wilson
 
-# %% ../../nbs/25_privacy.ipynb #99b24706
+# %% ../../nbs/25_privacy.ipynb #c655f070
 def standardised(
     images: np.ndarray,              # uint8 [m h w]
     rows: np.ndarray | None = None,  # positions of those that are wanted, [n]; None: all
@@ -29,7 +29,8 @@ def standardised(
     return np.concatenate([_unit(small(images[rows[i:i + 500]], side)) for i in range(0, len(rows), 500)])
 
 def small(images: np.ndarray, side: int = 32) -> np.ndarray:  # uint8 [n h w] -> float32 [n side side]
-    "Images averaged down."
+    "Images averaged down. Raises `ValueError` for images of another form."
+    if images.dtype != np.uint8 or images.ndim != 3: raise ValueError(f"copies are looked for among uint8 [n h w], not {images.dtype} {images.shape}: grey levels 0 ... 255, one channel")
     return np.stack([cv2.resize(i, (side, side), interpolation=cv2.INTER_AREA) for i in images]).astype(np.float32)
 
 def _unit(x):  # [n h w] -> rows of mean 0 and, but for flat images, length 1, [n h*w]
@@ -86,13 +87,14 @@ class Detector:
         "Which images count as copies."
         return self.search(images)[0] < self.threshold
 
-# %% ../../nbs/25_privacy.ipynb #9f168c30
+# %% ../../nbs/25_privacy.ipynb #6fc77753
 def detector(
     train: np.ndarray,     # the training images, uint8 [m h w]
     unseen: np.ndarray,    # real images of other patients, uint8 [n h w]: they set the threshold
     alarms: float = .01,   # share of these that may count as copies
 ) -> Detector:
     "A detector whose threshold lets this share of unseen real images pass for copies. Raises `ValueError` for too few of them."
+    if not 0 < alarms < 1: raise ValueError(f"alarms is {alarms}; it is a share between 0 and 1, e.g. 0.01")
     place = int(np.floor(alarms*(len(unseen) + 1) + 1e-9))   # of the threshold among their distances: a new image is nearer with this probability over (n + 1)
     if place < 1: raise ValueError(f"{len(unseen)} unseen images cannot set a rate of {alarms:g} false alarms: give at least {int(np.ceil(1/alarms)) - 1}, or allow more alarms")
     found = Detector(np.concatenate([small(train[i:i + 500], 24) for i in range(0, len(train), 500)]))
