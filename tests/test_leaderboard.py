@@ -99,6 +99,11 @@ def test_no_value_is_clearly_best_where_intervals_touch(board):
     assert models.clearly_best.any() and models[models.clearly_best & models.measure.eq("kid")].model.tolist() == ["GMVAE: copier"]
 
 
+def test_a_copier_is_not_the_best_at_keeping_away_from_training(board):
+    t = pd.read_csv(board/"leaderboard.csv"); best = t[t.clearly_best & t.measure.isin(["near_pixels", "near_features", "copies", "membership"])]
+    assert "GMVAE: copier" not in set(best.model)
+
+
 def test_a_copy_is_told_by_privacy_alone(board):
     t = pd.read_csv(board/"leaderboard.csv").pivot(index="model", columns="measure", values="value"); copy, other = t.loc["copies of training images"], t.loc["other patients"]
     assert copy.near_pixels < .3 > copy.near_features and .7 < other.near_pixels < 1.3 and .7 < other.near_features < 1.3

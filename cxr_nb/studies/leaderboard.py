@@ -34,7 +34,7 @@ def read_models(
             if maker and made.manifest[asked].notna().any(axis=None) and samples[maker].manifest[asked].isna().all(axis=None): found[f"{family}: {maker}, asked"] = made
     return found
 
-# %% ../../nbs/60_leaderboard.ipynb #aa78a95f
+# %% ../../nbs/60_leaderboard.ipynb #99b0c7dd
 def over_seeds(
     each: pd.DataFrame,  # model, run, measure, value, lo, hi, n
 ) -> pd.DataFrame:       # model, measure, value, lo, hi, n, runs
@@ -55,7 +55,7 @@ def clearly_best(
     g, better = board[board.measure == measure].set_index("model"), 0 if measure in IDEAL else ALL[measure][0]
     if len(g) < 2: return None
     if better == 0:
-        v, lo, hi = (g[c] - IDEAL[measure] for c in ("value", "lo", "hi"))
+        v, lo, hi = (np.log(g[c].clip(1e-9)) if IDEAL[measure] == 1 else g[c] - IDEAL[measure] for c in ("value", "lo", "hi"))      # of a ratio the logarithm counts: a copy at distance 0 is as far from 1 as can be
         g = g.assign(value=v.abs(), lo=np.where((lo < 0) & (hi > 0), 0, np.minimum(lo.abs(), hi.abs())), hi=np.maximum(lo.abs(), hi.abs()))
     top = g.value.idxmax() if better > 0 else g.value.idxmin(); rest = g.drop(top)
     if g.runs[top] < 2: return None
