@@ -146,7 +146,7 @@ def losses(self: Oracle, batch: dict[str, Tensor], step: int = 0) -> dict[str, T
 
 _NO_PLACE = torch.tensor([[j >= len(PLACES[f]) for j in range(MOST)] for f in NAMES])
 
-# %% ../../nbs/24_oracles.ipynb #2f56cfe4
+# %% ../../nbs/24_oracles.ipynb #fd831832
 class Told(Dataset):
     "Images with what is said of them, in changing styles: gamma, blur and noise."
     def __init__(self,
@@ -168,6 +168,7 @@ class Told(Dataset):
         said = self.said.take(np.asarray(positions)); as_float = lambda a: torch.from_numpy(a.astype(np.float32))
         return dict(image=(255*x.clamp(0, 1)).round().byte(), present=as_float(said.present), place=torch.from_numpy(said.place), severity=as_float(said.severity), boxes=as_float(said.boxes), masks=torch.from_numpy(said.masks))
 
+# %% ../../nbs/24_oracles.ipynb #1cce1365
 def train_oracle(
     data: RadiographSet,
     rows: np.ndarray,    # positions of the images, [n]
