@@ -7,8 +7,9 @@ __all__ = ['FAMILY', 'Box', 'Condition', 'conditions_of', 'findings_matrix', 'Ge
            'restrict', 'RealCopies', 'MeanImage', 'requests', 'write_samples', 'sample_set', 'train_on', 'draw_samples',
            'data_key', 'report_model']
 
-# %% ../../nbs/30_conditions.ipynb #1567c682
+# %% ../../nbs/30_conditions.ipynb #56f6bdcd
 import hashlib, importlib, json, shutil, time
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Protocol
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..core import Run, rng, to_uint8, to_unit, torch_rng
+from ..core import Run, atomic, rng, to_uint8, to_unit, torch_rng
 from ..data.images import RadiographSet, check_free, preprocess, write_set
 from ..data.phantom import open_dataset
 from ..data.sources import as_annotations, as_manifest
@@ -59,18 +60,30 @@ class Condition:
         "The fields that are asked for."
         return frozenset(f.name for f in fields(self) if f.name != "parent" and getattr(self, f.name) is not None)
 
-# %% ../../nbs/30_conditions.ipynb #38b04fcc
+# %% ../../nbs/30_conditions.ipynb #ea32b8d5
 def conditions_of(
     data: RadiographSet,  # the set whose images are described
     rows: np.ndarray,     # positions in it, [n]
+    drawn: Collection[str] = (),  # "boxes" and "mask" (the union of an image's masks), where they are wanted as well
 ) -> list[Condition]:
-    "What each of these images shows: its labelled findings, and view, sex, age, race and text where they are known."
+    "What each of these images shows: its labelled findings, and view, sex, age, race and text where they are known; of what is drawn, that of its findings."
     m = data.manifest.iloc[rows]
     records = m[["image_id", "view", "sex", "age", "race", "text"]].astype(object).to_dict("records")
     known = m[data.findings].to_numpy()
     def have(x): return None if pd.isna(x) else x
-    return [Condition(findings={f: float(v) for f, v in zip(data.findings, k) if not np.isnan(v)}, parent=r["image_id"],
+    drawings = _drawings(data, m.image_id, drawn)
+    return [Condition(findings={f: float(v) for f, v in zip(data.findings, k) if not np.isnan(v)}, parent=r["image_id"], **drawings.get(r["image_id"], {}),
                       **{name: have(r[name]) for name in ("view", "sex", "age", "race", "text")}) for r, k in zip(records, known)]
+
+def _drawings(data, ids, drawn):
+    made = {}
+    if "boxes" in drawn:
+        b = data.boxes(); b = b[b.kind.eq("finding") & b.image_id.isin(ids)]
+        for i, g in b.groupby("image_id"): made[i] = dict(boxes=tuple(Box(a.finding, *(min(v/data.size, 1.) for v in (a.x0, a.y0, a.x1, a.y1))) for a in g.itertuples()))
+    if "mask" in drawn and data.masks is not None:
+        a = data.annotations; a = a[a.kind.eq("finding") & a["mask"].notna() & a.image_id.isin(ids)]
+        for i, g in a.groupby("image_id"): made.setdefault(i, {})["mask"] = data.masks[g["mask"].to_numpy(int)].max(0)
+    return made
 
 def findings_matrix(
     conditions: list[Condition],  # n conditions
@@ -186,7 +199,7 @@ def write_samples(
     if masks is not None and masks.shape[1] != images.shape[1]: masks = np.stack([preprocess(255*m, images.shape[1]) > 127 for m in masks]).astype(np.uint8)
     return write_set(path, images, manifest, annotations, masks, made_by=dict(generator=name, seed=seed, n=len(images), asked=sorted(set().union(*(c.asked for c in conditions)))) | made_by)
 
-# %% ../../nbs/30_conditions.ipynb #2a4574bf
+# %% ../../nbs/30_conditions.ipynb #1f0e34b2
 def sample_set(
     generator: Generator,         # any family
     conditions: list[Condition],  # one an image
@@ -197,11 +210,21 @@ def sample_set(
     batch_size: int = 32,         # images at a time; each batch has a random stream of its own
     **also,                       # of `write_samples`
 ) -> RadiographSet:
-    "Samples one image for each condition and writes them as a set. Raises `ValueError` as `check_conditions` does, before anything is sampled, `FileExistsError` where a set is there."
+    """Samples one image for each condition and writes them as a set; batches that a killed call has left beside it are taken up.
+    Raises `ValueError` as `check_conditions` does, before anything is sampled, and where the batches beside it are of another sampling; `FileExistsError` where a set is there."""
     check_conditions(conditions, generator)
     check_free(path)
-    images = [to_uint8(generator.sample(conditions[i:i + batch_size], torch_rng(seed, "sample", i)))[:, 0] for i in tqdm(range(0, len(conditions), batch_size), desc=f"sampling {name}")]
-    return write_samples(path, np.concatenate(images), conditions, findings, name, seed, batch_size=batch_size, **also)
+    told = [name, seed, batch_size, {k: v for k, v in also.items() if k != "source"}, [[getattr(c, f.name) if f.name != "mask" or c.mask is None else c.mask.tobytes() for f in fields(c)] for c in conditions]]
+    parts, key = Path(path).with_name(f".{Path(path).name}.parts"), hashlib.sha256(repr(told).encode()).hexdigest()
+    if (parts/"key").exists() and (parts/"key").read_text() != key: raise ValueError(f"{parts} holds the first batches of another sampling: finish that with its own arguments, or delete the folder")
+    with atomic(parts/"key") as tmp: tmp.write_text(key)
+    for i in tqdm(range(0, len(conditions), batch_size), desc=f"sampling {name}"):
+        if (parts/f"{i:08d}.npy").exists(): continue
+        images = to_uint8(generator.sample(conditions[i:i + batch_size], torch_rng(seed, "sample", i)))[:, 0]
+        with atomic(parts/f"{i:08d}.npy") as tmp: np.save(tmp, images)
+    made = write_samples(path, np.concatenate([np.load(parts/f"{i:08d}.npy") for i in range(0, len(conditions), batch_size)]), conditions, findings, name, seed, batch_size=batch_size, **also)
+    shutil.rmtree(parts)
+    return made
 
 # %% ../../nbs/30_conditions.ipynb #df204e76
 def train_on(config: dict) -> None:  # train: "module:function"; dataset, size, out, and the settings of that function
