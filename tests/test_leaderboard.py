@@ -9,7 +9,9 @@ import yaml
 from cxr_nb.core import Run, repo_root, rng
 from cxr_nb.data.phantom import open_dataset, phantom_set
 from cxr_nb.generators.conditions import Condition, RealCopies, conditions_of, report_model, restrict, sample_set
+from cxr_nb.generators.dit import train_dit
 from cxr_nb.generators.gmvae import Version, train_gmvae
+from cxr_nb.generators.latents import train_autoencoder
 from cxr_nb.generators.lsgan import train_lsgan
 from cxr_nb.generators.pggan import RECIPES as PGGAN_RECIPES, train_pggan
 from cxr_nb.generators.vae import train_vae
@@ -42,9 +44,12 @@ def board(tmp_path_factory):
     for seed in (0, 1): leave(there/str(seed)/"32_gmvae", "32_gmvae", {"copier": Copier(data, train)} | ({"small": small} if seed == 0 else {}), asked, seed)
     grow = train_pggan(data, train, there/"fit-grow", recipe=PGGAN_RECIPES["published"], latent=8, base=32, most=8, fade=8, stable=8, extra=0, ema=.9, seed=0, grids=1, **FEW)[0]
     leave(there/"0"/"34_pggan", "34_pggan", {"published": grow}, [Condition()]*60, 0)
+    train_autoencoder(data, train, there/"fit-auto", channels=[4, 8, 8], latent=4, kl=1e-6, spectral=0., steps=4, seed=0, **FEW)[0].kl.save_pretrained(there/"35_latents"/"autoencoder")
+    dit = train_dit(data, train, there/"fit-dit", autoencoder=str(there/"35_latents"), encoder="wheel", objective="flow", network=dict(heads=1, head_width=16, depth=1), steps=4, ema=.9, seed=0, **FEW)[0]; dit.settings["steps"] = 1
+    leave(there/"0"/"37_dit", "37_dit", {"flow": dit}, conditions_of(data, train[:60]), 0)
     others = phantom_set(there/"others", 100, 32, seed=77)
     train_oracle(others, np.arange(len(others)), there/"24_oracles"/"fit", 3, 32, 1e-3, 0, progress=False)
-    given = dict(dataset="phantom", size=32, vae=str(there/"0"/"31_vae"), gmvae=str(there/"0"/"32_gmvae"), lsgan=str(there/"0"/"33_lsgan"), pggan=str(there/"0"/"34_pggan"), repeats=[str(there/"1")], oracles=str(there/"24_oracles"), n=60, halves=20, out=str(there/"60"))
+    given = dict(dataset="phantom", size=32, vae=str(there/"0"/"31_vae"), gmvae=str(there/"0"/"32_gmvae"), lsgan=str(there/"0"/"33_lsgan"), pggan=str(there/"0"/"34_pggan"), dit=str(there/"0"/"37_dit"), repeats=[str(there/"1")], oracles=str(there/"24_oracles"), n=60, halves=20, out=str(there/"60"))
     done = subprocess.run([sys.executable, "-m", "papermill", str(repo_root()/"nbs"/"60_leaderboard.ipynb"), str(there/"60.ipynb"), "-y", yaml.safe_dump(given)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return there/"60"/"tables"
@@ -57,15 +62,16 @@ def read(stage):
 
 def test_every_model_has_every_measure_of_equally_many_images(board):
     t = pd.read_csv(board/"leaderboard.csv"); every = {m for m in ALL if m != "pearson" and not m.startswith("asked_")}
-    assert {"VAE: beta 0.1", "GMVAE: copier", "GMVAE: small", "LSGAN: modern", "PGGAN: published", "other patients", "copies of training images", "means of the nearest labels", "means of ten other patients"} == set(t.model)
+    assert {"VAE: beta 0.1", "GMVAE: copier", "GMVAE: small", "LSGAN: modern", "PGGAN: published", "DiT: flow", "other patients", "copies of training images", "means of the nearest labels", "means of ten other patients"} == set(t.model)
     assert all(every <= set(g.measure) for _, g in t.groupby("model")) and set(t[t.measure == "fid"].n) == {60}
     assert (t.lo <= t.value).all() and (t.value <= t.hi).all()
 
 
 def test_faithfulness_stands_only_where_something_was_asked(board):
     t = pd.read_csv(board/"leaderboard.csv"); asked = t[t.measure.str.startswith("asked_")]
-    assert set(asked.model) == {"GMVAE: copier", "GMVAE: small", "other patients", "copies of training images", "means of the nearest labels"}, "the oracle knows none of the patients"
+    assert set(asked.model) == {"GMVAE: copier", "GMVAE: small", "DiT: flow", "other patients", "copies of training images", "means of the nearest labels"}, "the oracle knows none of the patients"
     for m in ("other patients", "copies of training images"): assert {"asked_pearson", "asked_side"} <= set(asked[asked.model == m].measure)
+    assert "asked_side" in set(asked[asked.model == "DiT: flow"].measure), "its reports were asked for"
     assert set(asked[asked.model == "GMVAE: copier"].measure) <= {"asked_pearson", "asked_auroc"}, "only findings were asked for"
 
 

@@ -230,7 +230,7 @@ def drawings_of(data: RadiographSet, rows: np.ndarray, auto: Autoencoder) -> np.
     made = [encode_drawings(k, auto).cpu().numpy().astype(np.float16) for k in kinds]
     return np.stack([made[0], made[1], np.broadcast_to(made[2], made[0].shape)])
 
-# %% ../../nbs/37_dit.ipynb #6e5d3db5
+# %% ../../nbs/37_dit.ipynb #578da414
 def train_dit(
     data: RadiographSet,   # the training set
     rows: np.ndarray,      # positions of its training images
@@ -261,6 +261,7 @@ def train_dit(
     save_dit(dit, out, autoencoder, encoder, network)
     return dit, history
 
+# %% ../../nbs/37_dit.ipynb #672c4e74
 def _adamw(lr): return lambda m: torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr, weight_decay=.01)
 
 def train_control(

@@ -6,7 +6,7 @@
 __all__ = ['Autoencoder', 'small_autoencoder', 'load_autoencoder', 'AutoencoderTraining', 'train_autoencoder', 'set_scale',
            'reconstruct', 'survival', 'latents_of', 'LatentData']
 
-# %% ../../nbs/35_latents.ipynb #8ecc4e6c
+# %% ../../nbs/35_latents.ipynb #13631778
 import hashlib, json
 from pathlib import Path
 
@@ -14,13 +14,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from fastcore.basics import patch
 from filelock import FileLock
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from ..core import atomic, cache_dir, default_device, seeded, to_uint8, to_unit, write_json
+from ..core import atomic, cache_dir, seeded, to_uint8, to_unit
 from ..data.images import RadiographData, RadiographSet
 from .vae import spectral_loss
 from ..train import History, evaluating, fit
@@ -156,7 +155,7 @@ def survival(
     power = (d**2).sum(1)
     return np.divide((left*d).sum(1), power, out=np.full(len(d), np.nan), where=power > 0)
 
-# %% ../../nbs/35_latents.ipynb #c85fc349
+# %% ../../nbs/35_latents.ipynb #f5a80553
 def latents_of(
     data: RadiographSet,
     auto: Autoencoder,
@@ -167,7 +166,7 @@ def latents_of(
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
         if not path.exists():
-            with evaluating(auto), atomic(path) as tmp:
+            with evaluating(auto), np.errstate(over="ignore"), atomic(path) as tmp:
                 made = np.lib.format.open_memmap(tmp, "w+", np.float16, (len(data), *auto.shape(data.size)))
                 for i in tqdm(range(0, len(data), batch_size), desc="latents", disable=len(data) < 1000):
                     x = to_unit(torch.from_numpy(np.array(data.images[i:i + batch_size]))[:, None]).to(auto.device)

@@ -8,7 +8,7 @@ __all__ = ['ENCODERS', 'TERMS', 'WORDINGS', 'GRADES', 'SIDED', 'VIEWS', 'SEXES',
            'every_statement', 'meaning', 'statement_texts', 'made_reports', 'train_tokenizer', 'MeaningModel',
            'TextData', 'train_text_encoder', 'nearer_in_meaning']
 
-# %% ../../nbs/28_text.ipynb #8fbc102a
+# %% ../../nbs/28_text.ipynb #d230c975
 import hashlib, importlib.util
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +19,6 @@ import torch
 import torch.nn.functional as F
 import transformers
 from filelock import FileLock
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -32,9 +29,9 @@ from ..core import atomic, cache_dir, default_device, rng, seeded
 from ..data.findings import FINDINGS
 from ..data.phantom import combinations, check_prevalence, describe, draw_findings, level
 from .classifier import masked_bce, rise_and_fall
-from ..train import History, evaluating, fit
+from ..train import History, fit
 
-# %% ../../nbs/28_text.ipynb #d77cb434
+# %% ../../nbs/28_text.ipynb #266dbb63
 ENCODERS = {  # kind: class in transformers, most tokens, the name that `hub` stands for
     "wheel": (AutoModel, 120, ""), "run": (AutoModel, 120, ""),
     "clip": (CLIPTextModel, 77, "openai/clip-vit-large-patch14"),
@@ -54,8 +51,8 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.name, self.tokenizer, self.net, self.length = name, tokenizer, net.eval().requires_grad_(False), length
         self.width = getattr(net.config, "hidden_size", None) or net.config.d_model
-        h = hashlib.sha256(f"{length} {tokenizer.get_vocab()}".encode())
-        for k, v in sorted(net.state_dict().items()): h.update(k.encode()); h.update(v.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        h = hashlib.sha256(f"{length} {sorted(tokenizer.get_vocab().items())}".encode())
+        for k, v in sorted((k, v) for k, v in net.state_dict().items() if "pooler" not in k): h.update(k.encode()); h.update(v.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         self.key = h.hexdigest()[:12]
 
     @torch.no_grad()
@@ -221,7 +218,7 @@ def made_reports(n: int, seed: int) -> tuple[list[str], np.ndarray]:  # texts; m
         y.append(meaning({f: float(f in found) for f in FINDINGS}, sides, grades, **who))
     return texts, np.stack(y)
 
-# %% ../../nbs/28_text.ipynb #6c031873
+# %% ../../nbs/28_text.ipynb #98bdb22d
 def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:  # vocabulary: tokens
     "Lower-case word pieces of these texts."
     t = Tokenizer(models.WordPiece(unk_token="[UNK]")); t.normalizer, t.pre_tokenizer, t.decoder = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
@@ -254,6 +251,7 @@ class TextData(Dataset):
         rows = self.rows[np.asarray(positions)]
         return dict(ids=nn.utils.rnn.pad_sequence([self.ids[i] for i in rows], batch_first=True), meaning=self.meaning[rows])
 
+# %% ../../nbs/28_text.ipynb #77551be6
 def train_text_encoder(
     kinds: list[tuple[list[str], np.ndarray]],  # texts and meanings [n m] of each kind
     out: str | Path,   # folder of the run: log and checkpoints go to fit/, the encoder to encoder/
