@@ -9,12 +9,13 @@ import yaml
 from cxr_nb.core import check_parameters, read_parameters, repo_root
 
 # What a stage takes from earlier ones: {stage: {parameter: path in the folder of runs}}. The parameters `dataset` (the set of radiographs), `phantom` (the simulated one) and `real` (that of a release) need no row here.
-GENERATORS = {"vae": "31_vae", "gmvae": "32_gmvae", "lsgan": "33_lsgan", "pggan": "34_pggan", "dit": "37_dit"}
+GENERATORS = {"vae": "31_vae", "gmvae": "32_gmvae", "lsgan": "33_lsgan", "pggan": "34_pggan", "dit": "37_dit", "sd": "38_stable_diffusion"}
 TAKES = {
     "22_features": {"classifier": "20_classifier"},
     "27_sanity": {"oracles": "24_oracles"},
     "35_latents": {"classifier": "20_classifier", "oracles": "24_oracles"},
     "37_dit": {"latents": "35_latents", "texts": "28_text", "oracles": "24_oracles"},
+    "38_stable_diffusion": {"latents": "35_latents", "oracles": "24_oracles"},
     "39_families": GENERATORS,
     "50_augment": {"synthetic": "31_vae/set"},
     "60_leaderboard": GENERATORS | {"oracles": "24_oracles"},

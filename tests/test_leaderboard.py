@@ -11,9 +11,10 @@ from cxr_nb.data.phantom import open_dataset, phantom_set
 from cxr_nb.generators.conditions import Condition, RealCopies, conditions_of, report_model, restrict, sample_set
 from cxr_nb.generators.dit import train_dit
 from cxr_nb.generators.gmvae import Version, train_gmvae
-from cxr_nb.generators.latents import train_autoencoder
+from cxr_nb.generators.latents import small_autoencoder, train_autoencoder
 from cxr_nb.generators.lsgan import train_lsgan
 from cxr_nb.generators.pggan import RECIPES as PGGAN_RECIPES, train_pggan
+from cxr_nb.generators.stable_diffusion import finetune, tiny_pipeline
 from cxr_nb.generators.vae import train_vae
 from cxr_nb.measures.collapse import reference
 from cxr_nb.measures.oracles import train_oracle
@@ -47,9 +48,12 @@ def board(tmp_path_factory):
     train_autoencoder(data, train, there/"fit-auto", channels=[4, 8, 8], latent=4, kl=1e-6, spectral=0., steps=4, seed=0, **FEW)[0].kl.save_pretrained(there/"35_latents"/"autoencoder")
     dit = train_dit(data, train, there/"fit-dit", autoencoder=str(there/"35_latents"), encoder="wheel", objective="flow", network=dict(heads=1, head_width=16, depth=1), steps=4, ema=.9, seed=0, **FEW)[0]; dit.settings["steps"] = 1
     leave(there/"0"/"37_dit", "37_dit", {"flow": dit}, conditions_of(data, train[:60]), 0)
+    tiny_pipeline(small_autoencoder([4, 8, 8]), ["ChestXRay Edema"]*5, widths=[8, 8], text_width=16).save_pretrained(there/"tiny")
+    sd = finetune(data, train, there/"fit-sd", pipeline=str(there/"tiny"), style="label", steps=4, seed=0, **FEW)[0]; sd.settings = dict(steps=1, guidance=1.)
+    leave(there/"0"/"38_stable_diffusion", "38_stable_diffusion", {"full": sd}, asked, 0)
     others = phantom_set(there/"others", 100, 32, seed=77)
     train_oracle(others, np.arange(len(others)), there/"24_oracles"/"fit", 3, 32, 1e-3, 0, progress=False)
-    given = dict(dataset="phantom", size=32, vae=str(there/"0"/"31_vae"), gmvae=str(there/"0"/"32_gmvae"), lsgan=str(there/"0"/"33_lsgan"), pggan=str(there/"0"/"34_pggan"), dit=str(there/"0"/"37_dit"), repeats=[str(there/"1")], oracles=str(there/"24_oracles"), n=60, halves=20, out=str(there/"60"))
+    given = dict(dataset="phantom", size=32, vae=str(there/"0"/"31_vae"), gmvae=str(there/"0"/"32_gmvae"), lsgan=str(there/"0"/"33_lsgan"), pggan=str(there/"0"/"34_pggan"), dit=str(there/"0"/"37_dit"), sd=str(there/"0"/"38_stable_diffusion"), repeats=[str(there/"1")], oracles=str(there/"24_oracles"), n=60, halves=20, out=str(there/"60"))
     done = subprocess.run([sys.executable, "-m", "papermill", str(repo_root()/"nbs"/"60_leaderboard.ipynb"), str(there/"60.ipynb"), "-y", yaml.safe_dump(given)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return there/"60"/"tables"
@@ -62,14 +66,14 @@ def read(stage):
 
 def test_every_model_has_every_measure_of_equally_many_images(board):
     t = pd.read_csv(board/"leaderboard.csv"); every = {m for m in ALL if m != "pearson" and not m.startswith("asked_")}
-    assert {"VAE: beta 0.1", "GMVAE: copier", "GMVAE: small", "LSGAN: modern", "PGGAN: published", "DiT: flow", "other patients", "copies of training images", "means of the nearest labels", "means of ten other patients"} == set(t.model)
+    assert {"VAE: beta 0.1", "GMVAE: copier", "GMVAE: small", "LSGAN: modern", "PGGAN: published", "DiT: flow", "Stable Diffusion: full", "other patients", "copies of training images", "means of the nearest labels", "means of ten other patients"} == set(t.model)
     assert all(every <= set(g.measure) for _, g in t.groupby("model")) and set(t[t.measure == "fid"].n) == {60}
     assert (t.lo <= t.value).all() and (t.value <= t.hi).all()
 
 
 def test_faithfulness_stands_only_where_something_was_asked(board):
     t = pd.read_csv(board/"leaderboard.csv"); asked = t[t.measure.str.startswith("asked_")]
-    assert set(asked.model) == {"GMVAE: copier", "GMVAE: small", "DiT: flow", "other patients", "copies of training images", "means of the nearest labels"}, "the oracle knows none of the patients"
+    assert set(asked.model) == {"GMVAE: copier", "GMVAE: small", "DiT: flow", "Stable Diffusion: full", "other patients", "copies of training images", "means of the nearest labels"}, "the oracle knows none of the patients"
     for m in ("other patients", "copies of training images"): assert {"asked_pearson", "asked_side"} <= set(asked[asked.model == m].measure)
     assert "asked_side" in set(asked[asked.model == "DiT: flow"].measure), "its reports were asked for"
     assert set(asked[asked.model == "GMVAE: copier"].measure) <= {"asked_pearson", "asked_auroc"}, "only findings were asked for"

@@ -63,7 +63,7 @@ def test_stages_take_the_phantom_or_the_release(tmp_path):
 
 def test_generators_are_trained_once_more_for_each_seed_of_the_preset(tmp_path):
     (tmp_path/"p.yaml").write_text("seeds: [4, 5]\n31_vae: {steps: 7}\nresources: {31_vae: {threads: 2}}\n"); many, once = plan(str(tmp_path/"p.yaml"), "r"), plan("smoke", "r")
-    more = {f"seed{k}/{s}" for k in (4, 5) for s in ("31_vae", "32_gmvae", "33_lsgan", "34_pggan", "37_dit")}
+    more = {f"seed{k}/{s}" for k in (4, 5) for s in ("31_vae", "32_gmvae", "33_lsgan", "34_pggan", "37_dit", "38_stable_diffusion")}
     assert set(many) - set(once) == more and more < set(many["60_leaderboard"].needs) and many["60_leaderboard"].parameters["repeats"] == ["r/seed4", "r/seed5"]
     own = many["seed5/31_vae"]; assert own.parameters == many["31_vae"].parameters | {"seed": 5, "out": "r/seed5/31_vae"} and own.threads == 2 and own.needs == ["15_phantom"] and own.key != many["seed4/31_vae"].key
     assert "repeats" not in once["60_leaderboard"].parameters and not set(many["39_families"].needs) & more
@@ -74,8 +74,8 @@ def small_checkout(root):
     "A checkout with a few notebooks: 10 and 20 import a module each, the families and the leaderboard take the generators, 90 is the report."
     (root/"nbs").mkdir(); (root/"cxr_nb").mkdir()
     for name, code in [("10_a", "from cxr_nb.low import f"), ("20_b", "import cxr_nb.high"), ("20_classifier", ""), ("22_features", "classifier = ''"), ("24_oracles", ""), ("27_sanity", "oracles = ''"), ("28_text", ""), ("31_vae", ""), ("32_gmvae", ""), ("33_lsgan", ""), ("34_pggan", ""),
-                       ("35_latents", "classifier = ''\noracles = ''"), ("37_dit", "latents = ''\ntexts = ''\noracles = ''"),
-                       ("39_families", "vae = ''\ngmvae = ''\nlsgan = ''\npggan = ''\ndit = ''"), ("50_augment", "synthetic = ''"), ("60_leaderboard", "vae = ''\ngmvae = ''\nlsgan = ''\npggan = ''\ndit = ''\noracles = ''"), ("90_report", "runs = ''")]:
+                       ("35_latents", "classifier = ''\noracles = ''"), ("37_dit", "latents = ''\ntexts = ''\noracles = ''"), ("38_stable_diffusion", "latents = ''\noracles = ''"),
+                       ("39_families", "vae = ''\ngmvae = ''\nlsgan = ''\npggan = ''\ndit = ''\nsd = ''"), ("50_augment", "synthetic = ''"), ("60_leaderboard", "vae = ''\ngmvae = ''\nlsgan = ''\npggan = ''\ndit = ''\nsd = ''\noracles = ''"), ("90_report", "runs = ''")]:
         cells = [(["parameters"], f"seed = 0\nout = ''\n{code if '=' in code else ''}"), ([], code)]
         (root/"nbs"/f"{name}.ipynb").write_text(json.dumps({"cells": [{"cell_type": "code", "metadata": {"tags": t}, "source": c} for t, c in cells]}))
     (root/"cxr_nb"/"low.py").write_text("def f(): return 1\n"); (root/"cxr_nb"/"high.py").write_text("from cxr_nb.low import f\n")
