@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FAMILY', 'Box', 'Condition', 'conditions_of', 'findings_matrix', 'Generator', 'seen_values', 'check_conditions',
            'restrict', 'RealCopies', 'MeanImage', 'requests', 'write_samples', 'sample_set', 'train_on', 'draw_samples',
-           'data_key', 'report_model']
+           'some_patients', 'data_key', 'report_model']
 
 # %% ../../nbs/30_conditions.ipynb #56f6bdcd
 import hashlib, importlib, json, shutil, time
@@ -233,7 +233,7 @@ def train_on(config: dict) -> None:  # train: "module:function"; dataset, size, 
     data = open_dataset(config["dataset"], config["size"])
     getattr(importlib.import_module(module), function)(data, data.select(data.manifest.split == "train"), config["out"], **config["settings"])
 
-# %% ../../nbs/30_conditions.ipynb #842d1e33
+# %% ../../nbs/30_conditions.ipynb #e1558a7f
 def draw_samples(
     generator: Generator,
     conditions: list[Condition],  # one an image
@@ -245,6 +245,19 @@ def draw_samples(
     draw(0); start = time.perf_counter()
     images = np.concatenate([draw(i) for i in range(0, len(conditions), batch_size)])
     return images, (time.perf_counter() - start)*1000/len(images)
+
+def some_patients(
+    data: RadiographSet,
+    rows: np.ndarray,          # positions in it, [n]
+    most: int,                 # images that are wanted
+    rng: np.random.Generator,  # of the choice of patients
+) -> tuple[np.ndarray, np.ndarray]:  # positions of at most that many images, of at most half of the patients; and all images of the other patients
+    "Images to be asked for, and those of other patients against whom the answers are measured. Raises `ValueError` where the others are fewer than four."
+    people = data.manifest.patient_id.to_numpy()[rows]; order = rng.permutation(pd.unique(people)); count = pd.Series(people).value_counts()
+    first = order[:max(1, min(len(order)//2, int((count[order].cumsum() < most).sum()) + 1))]
+    mine, others = (np.asarray(rows)[k] for k in (np.isin(people, first), ~np.isin(people, first)))
+    if len(others) < 4: raise ValueError(f"{data.path}: {len(rows)} images of {len(order)} patients are too few to ask for some and to measure against four of others: take more patients")
+    return rng.permutation(mine)[:most], others
 
 def data_key(data: RadiographSet) -> str:
     "Eight digits of how a set was made, whatever the size to which it was averaged down."

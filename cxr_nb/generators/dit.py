@@ -6,7 +6,7 @@
 __all__ = ['OBJECTIVES', 'transformer', 'DiT', 'Frozen', 'Control', 'words_of', 'ConditionedLatents', 'picture',
            'encode_drawings', 'drawings_of', 'train_dit', 'train_control', 'weights_key', 'save_dit', 'load_dit']
 
-# %% ../../nbs/37_dit.ipynb #54f06e09
+# %% ../../nbs/37_dit.ipynb #6dc7ad95
 import hashlib, json
 from collections.abc import Sequence
 from copy import deepcopy
@@ -31,8 +31,9 @@ from .latents import Autoencoder, latents_of, load_autoencoder
 from ..measures.classifier import rise_and_fall
 from ..measures.text import Embedded, TextEncoder, caption, embed, findings_text, pooled, text_encoder
 from ..train import History, evaluating, fit, load_weights
+from ..train import processes as of_this_run
 
-# %% ../../nbs/37_dit.ipynb #e5e55e8c
+# %% ../../nbs/37_dit.ipynb #1bf4e977
 def transformer(
     shape: tuple[int, int, int],  # of a latent, c h w
     text_width: int,              # numbers a state of the text has
@@ -48,6 +49,7 @@ def transformer(
                                     caption_channels=text_width, use_additional_conditions=False, interpolation_scale=max(1, shape[1]//64))
     for m in net.modules():
         if isinstance(m, nn.Linear): nn.init.xavier_uniform_(m.weight); nn.init.zeros_(m.bias)
+    nn.init.xavier_uniform_(net.pos_embed.proj.weight.view(net.inner_dim, -1))
     for layer in (net.adaln_single.linear, net.adaln_single.emb.timestep_embedder.linear_1, net.adaln_single.emb.timestep_embedder.linear_2, net.caption_projection.linear_1, net.caption_projection.linear_2): nn.init.normal_(layer.weight, std=.02)
     for layer in (net.proj_out, *(b.attn2.to_out[0] for b in net.transformer_blocks)): nn.init.zeros_(layer.weight)
     return net
@@ -165,11 +167,11 @@ def draw(self: DiT,
     for t in schedule.timesteps: x = schedule.step(answer(x, t.expand(len(x)).float()), t, x).prev_sample
     return x
 
-# %% ../../nbs/37_dit.ipynb #835d864e
+# %% ../../nbs/37_dit.ipynb #90a27f43
 def words_of(c: Condition) -> list[str]:
     "A condition as captions, from all that is known of it to its findings alone."
-    text = c.text or (findings_text(c.findings) if c.findings else ""); who = dict(view=c.view, sex=c.sex, age=c.age, race=c.race)
-    return [caption(text, **who), text, findings_text(c.findings) if c.findings else text]
+    labels = findings_text(c.findings or {}); text = c.text or labels; who = dict(view=c.view, sex=c.sex, age=c.age, race=c.race)
+    return [caption(text, **who), text, labels or text]
 
 class ConditionedLatents(Dataset):
     "Latents with the states of their captions, for `fit`: of the three captions of `words_of` one is drawn, the fullest half of the time."
@@ -186,7 +188,7 @@ class ConditionedLatents(Dataset):
         batch = dict(latent=torch.from_numpy(self.latents[self.rows[at]].astype(np.float32)), states=states, mask=mask)
         return batch if self.drawings is None else batch | dict(drawing=torch.from_numpy(self.drawings[torch.multinomial(torch.tensor([.45, .45, .1]), len(at), True).numpy(), at].astype(np.float32)))
 
-# %% ../../nbs/37_dit.ipynb #dcb0dca5
+# %% ../../nbs/37_dit.ipynb #a60a4b98
 @patch
 @torch.no_grad()
 def sample(self: DiT, conditions: list[Condition], rng: torch.Generator) -> Tensor:  # [n 1 h w] in [-1, 1]
@@ -198,8 +200,8 @@ def sample(self: DiT, conditions: list[Condition], rng: torch.Generator) -> Tens
     words = [words_of(c)[0] for c in conditions]; states, mask = encoder([w or "." for w in words])
     silent = torch.tensor([not w for w in words], device=device)
     states[silent, 0] = self.nothing[0].to(states); mask = torch.where(silent[:, None], torch.arange(mask.shape[1], device=device) == 0, mask)
-    drawn = [bool(c.asked & {"boxes", "mask"}) for c in conditions]; drawing = None
-    if any(drawn): drawing = encode_drawings([picture(c.boxes or (), c.mask, self.shape[1]*auto.factor) for c in conditions], auto)
+    drawing = None
+    if self.control is not None: drawing = encode_drawings([picture(c.boxes or (), c.mask, self.shape[1]*auto.factor) for c in conditions], auto)
     with evaluating(self): return auto.decode(self.draw(noise, states, mask, drawing, **self.settings)).float().clamp(-1, 1)
 
 # %% ../../nbs/37_dit.ipynb #6a1bb66b
@@ -230,7 +232,7 @@ def drawings_of(data: RadiographSet, rows: np.ndarray, auto: Autoencoder) -> np.
     made = [encode_drawings(k, auto).cpu().numpy().astype(np.float16) for k in kinds]
     return np.stack([made[0], made[1], np.broadcast_to(made[2], made[0].shape)])
 
-# %% ../../nbs/37_dit.ipynb #578da414
+# %% ../../nbs/37_dit.ipynb #8b356f83
 def train_dit(
     data: RadiographSet,   # the training set
     rows: np.ndarray,      # positions of its training images
@@ -246,22 +248,23 @@ def train_dit(
     ema: float,            # decay, a step, of the averaged weights
     seed: int,             # of weights, batches and noise
     compile: bool = False, # whether torch.compile makes the network faster
+    sampling: dict = {},   # steps, guidance and method with which the model is to draw, where not the defaults
     callbacks: Sequence = (),
     **options,             # passed to `fit`
 ) -> tuple[DiT, History]:  # the averaged model, attached to its frozen networks
     "Trains a transformer on the latents of a set; goes on from the last checkpoint in `out`."
     auto, texts = load_autoencoder(autoencoder).to(default_device()), text_encoder(encoder)
     latents, words = latents_of(data, auto), [words_of(c) for c in conditions_of(data, rows)]
-    captions = embed([w[k] or "." for k in range(3) for w in words], texts)
+    captions = embed([w[k] or "." for k in range(3) for w in words], texts); texts.to("cpu")   # some are larger than the model
     with seeded(seed, "dit"): dit = DiT(latents.shape[1:], texts.width, objective, data.findings, seen_values(data, rows), **network)
     if compile: dit.compile()
     history = fit(dit, ConditionedLatents(latents, rows, captions), out=Path(out), steps=steps, batch_size=batch_size, seed=seed, optimizers=_adamw(lr), schedule=rise_and_fall(steps, .05), ema=ema, clip=1.,
                   config=dict(autoencoder=auto.key, encoder=texts.key, objective=objective, network=network, data=data.sha256), callbacks=callbacks, **options)
-    dit = history.ema.attach(auto, texts)
-    save_dit(dit, out, autoencoder, encoder, network)
+    dit = history.ema.attach(auto, texts); dit.settings |= sampling
+    if of_this_run().is_main_process: save_dit(dit, out, autoencoder, encoder, network)
     return dit, history
 
-# %% ../../nbs/37_dit.ipynb #672c4e74
+# %% ../../nbs/37_dit.ipynb #72a4f969
 def _adamw(lr): return lambda m: torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr, weight_decay=.01)
 
 def train_control(
@@ -277,12 +280,12 @@ def train_control(
 ) -> tuple[DiT, History]:
     "Trains a control for boxes and masks; goes on from the last checkpoint in `out`. Raises `ValueError` where the set has neither."
     auto, texts = dit.frozen; model = deepcopy(dit)
-    model.requires_grad_(False); model.control, model.drop = Control(model.net, blocks).requires_grad_(True), dit.drop
+    model.requires_grad_(False); model.control = Control(model.net, blocks).requires_grad_(True)
     captions = embed([w or "." for k in range(3) for w in (words_of(c)[k] for c in conditions_of(data, rows))], texts)
     history = fit(model, ConditionedLatents(latents_of(data, auto), rows, captions, drawings_of(data, rows, auto)), out=Path(out), steps=steps, batch_size=batch_size, seed=seed, optimizers=_adamw(lr), schedule=rise_and_fall(steps, .05),
                   ema=ema, clip=1., config=dict(blocks=blocks, base=weights_key(dit), data=data.sha256), **options)
     model = history.ema.attach(auto, texts)
-    save_dit(model, out, *specs, network)
+    if of_this_run().is_main_process: save_dit(model, out, *specs, network)
     return model, history
 
 def weights_key(model: nn.Module) -> str:

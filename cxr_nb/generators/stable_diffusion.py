@@ -6,8 +6,8 @@
 __all__ = ['prompt_of', 'prompts_of', 'load_pipeline', 'tiny_pipeline', 'StableDiffusion', 'add_lora', 'save_diffusion',
            'base_key', 'load_diffusion', 'PromptedLatents', 'KeepModels', 'finetune']
 
-# %% ../../nbs/38_stable_diffusion.ipynb #3c3df6ac
-import hashlib, json
+# %% ../../nbs/38_stable_diffusion.ipynb #9e6832ce
+import hashlib, json, shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,33 +33,36 @@ from .latents import Autoencoder, latents_of, load_autoencoder
 from ..measures.classifier import rise_and_fall
 from ..measures.text import findings_text
 from ..train import Callback, History, State, evaluating, fit
+from ..train import processes as of_this_run
 
-# %% ../../nbs/38_stable_diffusion.ipynb #590d1cca
+# %% ../../nbs/38_stable_diffusion.ipynb #74c65309
 def prompt_of(
     condition: Condition,
     style: str,            # one of PROMPTS: label, position, report
 ) -> str:                  # empty where nothing is asked for
-    "A condition as a prompt. In the style position a finding without a box is named without a place. Raises `ValueError` for another style."
+    "A condition as a prompt. Raises `ValueError` for another style."
     c = condition
     if style not in PROMPTS: raise ValueError(f"{style!r} is no style of prompt; there are {', '.join(PROMPTS)}")
     if style == "report": return c.text or (findings_text(c.findings) if c.findings else "")
-    have = [f for f, v in (c.findings or {}).items() if v and f != "No_Finding"]; boxed = c.boxes or () if style == "position" else ()
-    if c.findings is None and not boxed: return ""
+    told = c.findings or {}; have = [f for f, v in told.items() if v and f != "No_Finding"]; boxed = c.boxes or () if style == "position" else ()
     placed = [f"{b.finding.replace('_', ' ')} {position((b.x0, b.y0, b.x1, b.y1))}" for b in boxed]
-    return prompt("label", [*dict.fromkeys(placed), *(f for f in have if f not in {b.finding for b in boxed})])
+    said = [*dict.fromkeys(placed), *(f for f in have if f not in {b.finding for b in boxed})]
+    return prompt("label", said) if said or told.get("No_Finding") else ""
 
 def prompts_of(
     data: RadiographSet,
     rows: np.ndarray,      # positions in it, [n]
     style: str,            # one of PROMPTS
 ) -> tuple[np.ndarray, list[str]]:  # the rows that can be described, [m]; their prompts
-    "Prompts of images. In the style position those are left out that have a finding without a box; in the style report, those without one. Raises `ValueError` where no image is left."
+    "Prompts of images of which something can be said; in the style position of those with boxes, and of at most as many healthy ones. Raises `ValueError` where no image is left."
     told = conditions_of(data, rows, ("boxes",) if style == "position" else ())
-    have = {"label": lambda c: True, "report": lambda c: bool(c.text), "position": lambda c: {f for f, v in c.findings.items() if v and f != "No_Finding"} <= {b.finding for b in c.boxes or ()}}
-    keep = [i for i, c in enumerate(told) if have.get(style, lambda c: True)(c)]
-    words = [prompt_of(told[i], style) for i in keep]
-    if not keep: raise ValueError(f"{data.path}: none of {len(rows)} images has {'boxes of its findings' if style == 'position' else 'a report'}: there is no prompt in the style {style}")
-    return np.asarray(rows)[keep], words
+    words = [prompt_of(c, style) if style != "report" or c.text else "" for c in told]
+    keep = np.array([i for i, w in enumerate(words) if w], int)
+    if style == "position":
+        boxed = np.array([i for i in keep if told[i].boxes], int); healthy = np.array([i for i in keep if told[i].findings.get("No_Finding") == 1], int) if len(boxed) else boxed
+        keep = np.sort(np.r_[boxed, healthy[np.linspace(0, len(healthy) - 1, min(len(boxed), len(healthy))).astype(int)]])
+    if not len(keep): raise ValueError(f"{data.path}: none of {len(rows)} images has {dict(label='a known finding', position='boxes of its findings', report='a report')[style]}: there is no prompt in the style {style}")
+    return np.asarray(rows)[keep], [words[i] for i in keep]
 
 # %% ../../nbs/38_stable_diffusion.ipynb #d60b5c0b
 def load_pipeline(
@@ -181,7 +184,7 @@ def sample(self: StableDiffusion, conditions: list[Condition], rng: torch.Genera
         z = self.pipeline()([prompt_of(c, self.style) for c in conditions], height=self.size, width=self.size, num_inference_steps=self.settings["steps"], guidance_scale=self.settings["guidance"], generator=rng, output_type="latent").images
         return auto.decode(z).float().clamp(-1, 1)
 
-# %% ../../nbs/38_stable_diffusion.ipynb #b9659a0f
+# %% ../../nbs/38_stable_diffusion.ipynb #47e3a145
 def add_lora(model: StableDiffusion, rank: int, text: bool = True) -> StableDiffusion:  # rank of the matrices; text: whether the text encoder gets some as well -> the same model
     "Freezes a model and puts trainable matrices of low rank beside its attention; at first they change nothing."
     model.requires_grad_(False)
@@ -200,11 +203,11 @@ def save_diffusion(model: StableDiffusion, folder: str | Path, base: str = "") -
     write_json(folder/"diffusion.json", told)
 
 def base_key(model: StableDiffusion) -> str:
-    "SHA-256 of U-Net and text encoder, without LoRA's matrices."
-    h = hashlib.sha256()
+    "SHA-256 of all parts but the tokenizer, without LoRA's matrices."
+    auto, _, scheduler = model.frozen; h = hashlib.sha256(f"{auto.key} {sorted((k, v) for k, v in scheduler.config.items() if not k.startswith('_'))}".encode())
     for net in (model.unet, model.text):
         for k, v in net.state_dict().items():
-            if "lora_" not in k: h.update(v.detach().cpu().contiguous().numpy().data)
+            if "lora_" not in k: h.update(v.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return h.hexdigest()
 
 def load_diffusion(
@@ -240,7 +243,7 @@ class KeepModels(Callback):
     def after_step(self, s: State) -> None:
         if s.step + 1 in self.steps and s.main: save_diffusion(s.module, s.out/"kept"/f"{s.step + 1:06d}", self.base)
 
-# %% ../../nbs/38_stable_diffusion.ipynb #3330beba
+# %% ../../nbs/38_stable_diffusion.ipynb #aeef059e
 def finetune(
     data: RadiographSet,   # the training set
     rows: np.ndarray,      # positions of its training images
@@ -259,11 +262,13 @@ def finetune(
     checkpoints: int = 1,  # models that are kept, at equal distances; the last is the model at the end
     compile: bool = False, # whether torch.compile makes the U-Net faster
     save_memory: bool = False,  # whether activations are computed twice instead of being kept
+    sampling: dict = {},   # steps and guidance with which the model is to draw
     **options,             # passed to `fit`
 ) -> tuple[StableDiffusion, History]:
     "Fine-tunes a pipeline on images and their prompts, all weights or LoRA; goes on from the last checkpoint in `out`. Raises `ValueError` as `prompts_of` does."
     rows, words = prompts_of(data, rows, style)
     model = StableDiffusion(load_pipeline(pipeline), data.size, style, data.findings, seen_values(data, rows), drop); model.text_steps, key = text_steps, base_key(model)
+    model.settings |= sampling
     if rank:
         with seeded(seed, "lora"): add_lora(model, rank, text_steps > 0)
     elif not text_steps: model.text.requires_grad_(False)
@@ -274,8 +279,11 @@ def finetune(
         return {k: torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], r, weight_decay=.01) for k, (net, r) in parts.items() if k == "unet" or text_steps}
     whole = steps + text_steps; latents = latents_of(data, model.frozen[0].to(default_device()))
     at = [text_steps + steps*(k + 1)//checkpoints for k in range(checkpoints)]
-    history = fit(model, PromptedLatents(latents, rows, model.ids(words)), out=Path(out), steps=whole, batch_size=batch_size, seed=seed, optimizers=optimizers, schedule=rise_and_fall(whole, .05), ema=ema or None, clip=1.,
+    history = fit(model, PromptedLatents(latents, rows, model.ids(words)), out=Path(out), steps=whole, batch_size=batch_size, seed=seed, optimizers=optimizers, schedule=lambda s: (rise_and_fall(text_steps, .05)(s) if s < text_steps else rise_and_fall(steps, .05)(s - text_steps)), ema=ema or None, clip=1.,
                   config=dict(pipeline=key, style=style, rank=rank, text_steps=text_steps, drop=drop, data=data.sha256), **options | dict(callbacks=[*options.get("callbacks", ()), KeepModels(at[:-1], pipeline)]))
     model = history.ema or history.model
-    save_diffusion(model, Path(out)/"kept"/f"{whole:06d}", pipeline)
+    if of_this_run().is_main_process:
+        save_diffusion(model, Path(out)/"kept"/f"{whole:06d}", pipeline)
+        for p in (Path(out)/"kept").iterdir():
+            if int(p.name) not in at: shutil.rmtree(p)     # of another choice of checkpoints
     return model, history

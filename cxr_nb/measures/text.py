@@ -128,13 +128,13 @@ def embed(texts: list[str], encoder: TextEncoder, batch_size: int = 64) -> Embed
     try: return Embedded(np.load(path, mmap_mode="r"), np.load(marks), which)
     except (ValueError, EOFError, FileNotFoundError) as e: raise ValueError(f"{path} is damaged ({e}): delete it, and the texts are encoded again") from None
 
-# %% ../../nbs/28_text.ipynb #d42c11ef
+# %% ../../nbs/28_text.ipynb #a0574ad0
 TERMS = {f: f.lower().replace("_", " ") for f in FINDINGS} | {"Effusion": "pleural effusion", "Edema": "pulmonary edema", "Fibrosis": "pulmonary fibrosis", "Mass": "lung mass", "Nodule": "lung nodule", "Hernia": "hiatal hernia"}
 
 def findings_text(findings: dict[str, float]) -> str:  # finding -> 1 present, 0 absent (not said)
-    "Present findings as a sentence, for images without a report."
+    "Present findings as a sentence, for images without a report; empty where neither a finding nor that there is none is known."
     have = [TERMS.get(f, f.lower().replace("_", " ")) for f, v in findings.items() if v and f != "No_Finding"]
-    return f"{', '.join(have).capitalize()}." if have else "No finding."
+    return f"{', '.join(have).capitalize()}." if have else "No finding." if findings.get("No_Finding") else ""
 
 def caption(
     text: str = "",            # report, or sentence on the findings
@@ -148,7 +148,7 @@ def caption(
     of = f" of a {f'{age:.0f}-year-old ' if age is not None else ''}{who}" if who else ""
     return " ".join(w for w in (f"{f'{view} chest' if view else 'Chest'} radiograph{of}." if view or of else "", text) if w)
 
-# %% ../../nbs/28_text.ipynb #0cc30f15
+# %% ../../nbs/28_text.ipynb #24d8660e
 WORDINGS = {  # of a present finding, and of an absent one
     "learn": (["{grade} {side} {name}.", "There is a {grade} {side} {name}.", "{name} on the {side}, {grade}.", "The patient has {grade} {name} of the {side} side."],
               ["No {name}.", "There is no {name}.", "No evidence of {name} is seen.", "The chest is without {name}."]),
@@ -169,14 +169,14 @@ class Statement:
     def words(self, wording: str) -> str:
         "The sentence."
         s = wording.format(name=TERMS[self.finding], side=self.side or "", grade=self.grade or "")
-        for gap, closed in (("  ", " "), (" ,", ","), (" on the ,", ","), (" of the  side", ""), (" of the side", ""), (" at the .", "."), (" on the,", ","), (", ,", ","), (" ,", ",")): s = s.replace(gap, closed)
+        for gap, closed in (("  ", " "), (" ,", ","), (" on the ,", ","), (" of the  side", ""), (" of the side", ""), (" at the .", "."), (" on the,", ","), (", ,", ","), (" ,", ","), (",,", ",")): s = s.replace(gap, closed)
         return s[0].upper() + s[1:]
 
 def every_statement() -> list[Statement]:
     "All findings, present on each side and in each grade, and absent."
     return [Statement(f, True, s, g) for f in FINDINGS for s in (("left", "right") if f in SIDED else (None,)) for g in GRADES] + [Statement(f, False) for f in FINDINGS]
 
-# %% ../../nbs/28_text.ipynb #6e3dccab
+# %% ../../nbs/28_text.ipynb #c6035bb2
 VIEWS, SEXES, AGES = ("PA", "AP", "LATERAL"), ("M", "F"), tuple(range(20, 90, 10))
 MEANING = [*FINDINGS, *(f"{f} {s}" for f in FINDINGS for s in ("left", "right", *GRADES)), *(f"view {v}" for v in VIEWS), *(f"sex {s}" for s in SEXES), *(f"age over {a}" for a in AGES)]
 _COLUMN = {m: i for i, m in enumerate(MEANING)}
@@ -210,7 +210,7 @@ def made_reports(n: int, seed: int) -> tuple[list[str], np.ndarray]:  # texts; m
         found, r = draw_findings(seed, i, i, together), rng(seed, "caption", i)
         who = dict(view=str(r.choice(VIEWS)), sex=str(r.choice(SEXES)), age=float(r.integers(18, 95)))
         who = {k: v for k, v in who.items() if r.random() < .8}
-        said = findings_text(dict.fromkeys(found, 1.)) if (short := r.random() < .2) else describe(found)
+        said = findings_text(dict.fromkeys(found or ["No_Finding"], 1.)) if (short := r.random() < .2) else describe(found)
         texts.append(caption(said, **who))
         plain = short
         sides = {} if plain else {f: v["side"] for f, v in found.items() if v["side"]}
