@@ -116,13 +116,13 @@ def test_sides_that_do_not_fit_are_refused(tiny):
 
 # Prompts
 
-def test_images_whose_findings_have_no_boxes_are_left_out_of_position_prompts(data, tmp_path):
+def test_findings_without_boxes_are_named_without_places_and_healthy_images_alone_teach_none(data, tmp_path):
     m = as_manifest(pd.DataFrame(dict(image_id=list("abc"), patient_id=list("abc"), Edema=[1., 1., 0.], Mass=[0., 1., 0.], No_Finding=[0., 0., 1.], text=["x", None, "y"])), source="folder", split="train")
     a = as_annotations(pd.DataFrame([dict(image_id=i, kind="finding", finding=f, value=1., reader="r", x0=0., y0=.6, x1=.25, y1=.9) for i, f in (("a", "Edema"), ("b", "Mass"))]))
     few = write_set(tmp_path/"few", np.array(data.images[:3]), m, a)
-    kept, words = prompts_of(few, np.arange(3), "position"); assert kept.tolist() == [0, 2] and words == ["ChestXRay Edema bottom left", "ChestXRay No Finding"]
+    kept, words = prompts_of(few, np.arange(3), "position"); assert kept.tolist() == [0, 1, 2] and words == ["ChestXRay Edema bottom left", "ChestXRay Mass bottom left, Edema", "ChestXRay No Finding"]
     assert prompts_of(few, np.arange(3), "report")[1] == ["x", "y"] and prompts_of(few, np.arange(3), "label")[1][1] == "ChestXRay Edema, Mass"
-    with pytest.raises(ValueError, match="none of 1 images has boxes"): prompts_of(few, np.array([1]), "position")
+    with pytest.raises(ValueError, match="none of 1 images has boxes"): prompts_of(few, np.array([2]), "position")
     with pytest.raises(ValueError, match="no style"): prompts_of(few, np.arange(3), "poem")
 
 
