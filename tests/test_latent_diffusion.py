@@ -16,7 +16,7 @@ from cxr_nb.generators.conditions import Box, Condition, sample_set
 from cxr_nb.generators.dit import Control, DiT, load_dit, train_control, train_dit
 from cxr_nb.generators.latents import latents_of, load_autoencoder, small_autoencoder, train_autoencoder
 from cxr_nb.measures.text import embed, text_encoder, train_tokenizer
-from cxr_nb.train import Callback
+from small import Cut, Stop, rows, same
 
 QUICK = dict(checkpoint_seconds=1e9, progress=False)
 NET = dict(heads=2, head_width=8, depth=2, patch_size=2)
@@ -35,14 +35,6 @@ def parts(tmp_path_factory):
     words = train_tokenizer(["Mild left pleural effusion. The heart is of normal size. PA chest radiograph of a 63-year-old woman."], 120); words.save_pretrained(there/"bert")
     with seeded(0, "bert"): BertModel(BertConfig(vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)).save_pretrained(there/"bert")
     return dict(autoencoder=str(there/"sd"), encoder=f"radbert:{there/'bert'}")
-
-
-def rows(data, split="train"): return data.select(data.manifest.split == split)
-def same(a, b): return all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
-class Stop(Exception): pass
-class Cut(Callback):
-    def after_step(self, s):
-        if s.step == 3: raise Stop
 
 
 # Caches

@@ -18,6 +18,7 @@ from cxr_nb.generators.latents import small_autoencoder
 from cxr_nb.generators.stable_diffusion import StableDiffusion, add_lora, base_key, finetune, load_diffusion, load_pipeline, prompt_of, prompts_of, tiny_pipeline
 from cxr_nb.measures.text import train_tokenizer
 from cxr_nb.train import Callback
+from small import Cut, Stop, rows, same
 
 logging.disable_progress_bar()
 WORDS = ["ChestXRay Edema, Mass top left", "ChestXRay No Finding", "Mild left apical pneumothorax. The right lung appears relatively clear."]
@@ -37,13 +38,7 @@ def tiny(tmp_path_factory):
     return there
 
 
-def rows(data, split="train"): return data.select(data.manifest.split == split)
-def same(a, b): return all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
 def draw(m, n=2, **c): m.settings = dict(steps=2, guidance=2.); return m.sample([Condition(**c or dict(findings={"No_Finding": 1.}))]*n, torch_rng(0, "x"))
-class Stop(Exception): pass
-class Cut(Callback):
-    def after_step(self, s):
-        if s.step == 3: raise Stop
 class Watch(Callback):
     def __init__(self): self.seen = []
     def after_step(self, s): self.seen.append(tuple(torch.cat([p.detach().flatten() for p in net.parameters()]).clone() for net in (s.model.text, s.model.unet)))

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['OBJECTIVES', 'transformer', 'DiT', 'Frozen', 'Control', 'words_of', 'ConditionedLatents', 'picture',
-           'encode_drawings', 'drawings_of', 'train_dit', 'train_control', 'weights_key', 'save_dit', 'load_dit']
+           'encode_drawings', 'drawings_of', 'train_dit', 'train_control', 'save_dit', 'load_dit']
 
-# %% ../../nbs/37_dit.ipynb #6dc7ad95
-import hashlib, json
+# %% ../../nbs/37_dit.ipynb #aa19b70e
+import json
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -30,7 +30,7 @@ from .flow import PATHS, draw_times, solve
 from .latents import Autoencoder, latents_of, load_autoencoder
 from ..measures.classifier import rise_and_fall
 from ..measures.text import Embedded, TextEncoder, caption, embed, findings_text, pooled, text_encoder
-from ..train import History, evaluating, fit, load_weights
+from ..train import History, evaluating, fit, load_weights, weights_key
 from ..train import processes as of_this_run
 
 # %% ../../nbs/37_dit.ipynb #1bf4e977
@@ -264,7 +264,7 @@ def train_dit(
     if of_this_run().is_main_process: save_dit(dit, out, autoencoder, encoder, network)
     return dit, history
 
-# %% ../../nbs/37_dit.ipynb #72a4f969
+# %% ../../nbs/37_dit.ipynb #946e4e13
 def _adamw(lr): return lambda m: torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr, weight_decay=.01)
 
 def train_control(
@@ -287,10 +287,6 @@ def train_control(
     model = history.ema.attach(auto, texts)
     if of_this_run().is_main_process: save_dit(model, out, *specs, network)
     return model, history
-
-def weights_key(model: nn.Module) -> str:
-    "SHA-256 of a model's weights."
-    return hashlib.sha256(b"".join(v.detach().cpu().numpy().tobytes() for v in model.state_dict().values())).hexdigest()
 
 # %% ../../nbs/37_dit.ipynb #1fb204e2
 def save_dit(dit: DiT, folder: str | Path, autoencoder: str, encoder: str, network: dict) -> None:

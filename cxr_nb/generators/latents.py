@@ -6,7 +6,7 @@
 __all__ = ['Autoencoder', 'small_autoencoder', 'load_autoencoder', 'AutoencoderTraining', 'train_autoencoder', 'set_scale',
            'reconstruct', 'survival', 'latents_of', 'LatentData']
 
-# %% ../../nbs/35_latents.ipynb #13631778
+# %% ../../nbs/35_latents.ipynb #f28564c5
 import hashlib, json
 from pathlib import Path
 
@@ -22,9 +22,9 @@ from tqdm.auto import tqdm
 from ..core import atomic, cache_dir, seeded, to_uint8, to_unit
 from ..data.images import RadiographData, RadiographSet
 from .vae import spectral_loss
-from ..train import History, evaluating, fit
+from ..train import History, evaluating, fit, weights_key
 
-# %% ../../nbs/35_latents.ipynb #38a1bf2c
+# %% ../../nbs/35_latents.ipynb #7182b40f
 class Autoencoder(nn.Module):
     "Grey images to latents of about unit deviation, and back."
     def __init__(self, kl: AutoencoderKL):
@@ -59,9 +59,7 @@ class Autoencoder(nn.Module):
     @property
     def key(self) -> str:
         "Twelve digits that change with the weights and their scale."
-        h = hashlib.sha256(repr(self.kl.config.scaling_factor).encode())
-        for k, v in sorted(self.kl.state_dict().items()): h.update(k.encode()); h.update(v.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-        return h.hexdigest()[:12]
+        return hashlib.sha256(f"{self.kl.config.scaling_factor!r} {weights_key(self.kl)}".encode()).hexdigest()[:12]
 
 # %% ../../nbs/35_latents.ipynb #7b4c090b
 def small_autoencoder(

@@ -6,7 +6,7 @@
 __all__ = ['prompt_of', 'prompts_of', 'load_pipeline', 'tiny_pipeline', 'StableDiffusion', 'add_lora', 'save_diffusion',
            'base_key', 'load_diffusion', 'PromptedLatents', 'KeepModels', 'finetune']
 
-# %% ../../nbs/38_stable_diffusion.ipynb #9e6832ce
+# %% ../../nbs/38_stable_diffusion.ipynb #a93ea112
 import hashlib, json, shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +32,7 @@ from .dit import Frozen
 from .latents import Autoencoder, latents_of, load_autoencoder
 from ..measures.classifier import rise_and_fall
 from ..measures.text import findings_text
-from ..train import Callback, History, State, evaluating, fit
+from ..train import Callback, History, State, evaluating, fit, weights_key
 from ..train import processes as of_this_run
 
 # %% ../../nbs/38_stable_diffusion.ipynb #74c65309
@@ -184,7 +184,7 @@ def sample(self: StableDiffusion, conditions: list[Condition], rng: torch.Genera
         z = self.pipeline()([prompt_of(c, self.style) for c in conditions], height=self.size, width=self.size, num_inference_steps=self.settings["steps"], guidance_scale=self.settings["guidance"], generator=rng, output_type="latent").images
         return auto.decode(z).float().clamp(-1, 1)
 
-# %% ../../nbs/38_stable_diffusion.ipynb #47e3a145
+# %% ../../nbs/38_stable_diffusion.ipynb #0dbf84da
 def add_lora(model: StableDiffusion, rank: int, text: bool = True) -> StableDiffusion:  # rank of the matrices; text: whether the text encoder gets some as well -> the same model
     "Freezes a model and puts trainable matrices of low rank beside its attention; at first they change nothing."
     model.requires_grad_(False)
@@ -204,11 +204,8 @@ def save_diffusion(model: StableDiffusion, folder: str | Path, base: str = "") -
 
 def base_key(model: StableDiffusion) -> str:
     "SHA-256 of all parts but the tokenizer, without LoRA's matrices."
-    auto, _, scheduler = model.frozen; h = hashlib.sha256(f"{auto.key} {sorted((k, v) for k, v in scheduler.config.items() if not k.startswith('_'))}".encode())
-    for net in (model.unet, model.text):
-        for k, v in net.state_dict().items():
-            if "lora_" not in k: h.update(v.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return h.hexdigest()
+    auto, _, scheduler = model.frozen
+    return hashlib.sha256(f"{auto.key} {sorted((k, v) for k, v in scheduler.config.items() if not k.startswith('_'))} {[weights_key(net, ['lora_']) for net in (model.unet, model.text)]}".encode()).hexdigest()
 
 def load_diffusion(
     folder: str | Path,    # that `finetune` wrote

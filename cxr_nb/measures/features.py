@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VITS', 'Extractor', 'features', 'read_weights', 'extractor', 'load_classifier']
 
-# %% ../../nbs/22_features.ipynb #42e96bdf
+# %% ../../nbs/22_features.ipynb #f5d6c147
 import hashlib, json, sys
 from pathlib import Path
 
@@ -23,9 +23,9 @@ from tqdm.auto import tqdm
 from ..core import atomic, cache_dir, default_device
 from ..data.images import IMAGENET_MEAN, IMAGENET_STD, RadiographSet
 from .classifier import Classifier
-from ..train import evaluating, latest_checkpoint, load_weights
+from ..train import evaluating, latest_checkpoint, load_weights, weights_key
 
-# %% ../../nbs/22_features.ipynb #a307e0c1
+# %% ../../nbs/22_features.ipynb #bfd67f37
 class Extractor(nn.Module):
     "A network that gives a feature vector for each grey image."
     def __init__(self,
@@ -38,9 +38,7 @@ class Extractor(nn.Module):
         super().__init__()
         self.name, self.net, self.size = name, net.eval().requires_grad_(False), size
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1)); self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
-        h = hashlib.sha256(f"{name} {size} {torch.__version__.split('+')[0]} {timm.__version__} {self.net}".encode())
-        for k, v in self.state_dict().items(): h.update(k.encode()); h.update(v.contiguous().view(-1).view(torch.uint8).numpy().data)
-        self.key = h.hexdigest()[:12]
+        self.key = hashlib.sha256(f"{name} {size} {torch.__version__.split('+')[0]} {timm.__version__} {self.net} {weights_key(self)}".encode()).hexdigest()[:12]
 
     def forward(self, image: Tensor) -> Tensor:  # uint8 [b 1 h w] -> [b d]
         x = image.float()/255

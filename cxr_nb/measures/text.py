@@ -8,7 +8,7 @@ __all__ = ['ENCODERS', 'TERMS', 'WORDINGS', 'GRADES', 'SIDED', 'VIEWS', 'SEXES',
            'every_statement', 'meaning', 'statement_texts', 'made_reports', 'train_tokenizer', 'MeaningModel',
            'TextData', 'train_text_encoder', 'nearer_in_meaning']
 
-# %% ../../nbs/28_text.ipynb #d230c975
+# %% ../../nbs/28_text.ipynb #beef27de
 import hashlib, importlib.util
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,9 +29,9 @@ from ..core import atomic, cache_dir, default_device, rng, seeded
 from ..data.findings import FINDINGS
 from ..data.phantom import combinations, check_prevalence, describe, draw_findings, level
 from .classifier import masked_bce, rise_and_fall
-from ..train import History, fit
+from ..train import History, fit, weights_key
 
-# %% ../../nbs/28_text.ipynb #266dbb63
+# %% ../../nbs/28_text.ipynb #4b5c273c
 ENCODERS = {  # kind: class in transformers, most tokens, the name that `hub` stands for
     "wheel": (AutoModel, 120, ""), "run": (AutoModel, 120, ""),
     "clip": (CLIPTextModel, 77, "openai/clip-vit-large-patch14"),
@@ -51,9 +51,7 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.name, self.tokenizer, self.net, self.length = name, tokenizer, net.eval().requires_grad_(False), length
         self.width = getattr(net.config, "hidden_size", None) or net.config.d_model
-        h = hashlib.sha256(f"{length} {sorted(tokenizer.get_vocab().items())}".encode())
-        for k, v in sorted((k, v) for k, v in net.state_dict().items() if "pooler" not in k): h.update(k.encode()); h.update(v.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-        self.key = h.hexdigest()[:12]
+        self.key = hashlib.sha256(f"{length} {sorted(tokenizer.get_vocab().items())} {weights_key(net, ['pooler'])}".encode()).hexdigest()[:12]
 
     @torch.no_grad()
     def forward(self, texts: list[str]) -> tuple[Tensor, Tensor]:  # float32 [n l d], bool [n l]: where there is a token
