@@ -100,10 +100,10 @@ def test_captions_move_what_a_model_that_heeds_them_draws(parts):
 
 def test_a_control_keeps_the_base_and_is_resumed_exactly(data, parts, tmp_path):
     base, _ = train_dit(data, rows(data), tmp_path/"base", **TRAIN | parts)
-    given = dict(specs=tuple(parts.values()), network=NET, blocks=1, steps=6, batch_size=8, lr=1e-3, ema=.9, seed=0, **QUICK)
-    whole, _ = train_control(base, data, rows(data), tmp_path/"whole", **given)
-    with pytest.raises(Stop): train_control(base, data, rows(data), tmp_path/"cut", callbacks=[Cut()], checkpoint_every=1, **given)
-    again, h = train_control(base, data, rows(data), tmp_path/"cut", **given)
+    given = dict(base=tmp_path/"base", blocks=1, steps=6, batch_size=8, lr=1e-3, ema=.9, seed=0, **QUICK)
+    whole, _ = train_control(data, rows(data), tmp_path/"whole", **given)
+    with pytest.raises(Stop): train_control(data, rows(data), tmp_path/"cut", callbacks=[Cut()], checkpoint_every=1, **given)
+    again, h = train_control(data, rows(data), tmp_path/"cut", **given)
     assert h.resumed == 3 and same(whole, again) and base.control is None and all(torch.equal(v, whole.state_dict()[k]) for k, v in base.state_dict().items())
     loaded = load_dit(tmp_path/"whole"); asked = [Condition(boxes=(Box("Mass", .1, .1, .6, .6),)), Condition(text="left")]
     for m in (whole, loaded): m.settings = dict(steps=2, guidance=2., method="heun")
@@ -112,8 +112,8 @@ def test_a_control_keeps_the_base_and_is_resumed_exactly(data, parts, tmp_path):
 
 def test_a_control_needs_boxes_or_masks(data, parts, tmp_path):
     bare = write_set(tmp_path/"bare", np.array(data.images), data.manifest)
-    base, _ = train_dit(bare, rows(bare), tmp_path/"base", **TRAIN | parts)
-    with pytest.raises(ValueError, match="neither boxes nor masks"): train_control(base, bare, rows(bare), tmp_path/"c", specs=tuple(parts.values()), network=NET, blocks=1, steps=2, batch_size=8, lr=1e-3, ema=.9, seed=0, **QUICK)
+    train_dit(bare, rows(bare), tmp_path/"base", **TRAIN | parts)
+    with pytest.raises(ValueError, match="neither boxes nor masks"): train_control(bare, rows(bare), tmp_path/"c", base=tmp_path/"base", blocks=1, steps=2, batch_size=8, lr=1e-3, ema=.9, seed=0, **QUICK)
 
 
 def test_parts_that_have_moved_are_named_and_can_be_given_anew(data, parts, tmp_path):

@@ -6,7 +6,7 @@
 __all__ = ['OBJECTIVES', 'transformer', 'DiT', 'Frozen', 'Control', 'words_of', 'ConditionedLatents', 'picture',
            'encode_drawings', 'drawings_of', 'train_dit', 'train_control', 'save_dit', 'load_dit']
 
-# %% ../../nbs/37_dit.ipynb #aa19b70e
+# %% ../../nbs/37_dit.ipynb #de4dcd07
 import json
 from collections.abc import Sequence
 from copy import deepcopy
@@ -29,11 +29,11 @@ from .conditions import Condition, check_conditions, conditions_of, seen_values
 from .flow import PATHS, draw_times, solve
 from .latents import Autoencoder, latents_of, load_autoencoder
 from ..measures.classifier import rise_and_fall
-from ..measures.text import Embedded, TextEncoder, caption, embed, findings_text, pooled, text_encoder
+from ..measures.text import TextEncoder, caption, embed, findings_text, pooled, text_encoder
 from ..train import History, evaluating, fit, load_weights, weights_key
 from ..train import processes as of_this_run
 
-# %% ../../nbs/37_dit.ipynb #1bf4e977
+# %% ../../nbs/37_dit.ipynb #b6e2028c
 def transformer(
     shape: tuple[int, int, int],  # of a latent, c h w
     text_width: int,              # numbers a state of the text has
@@ -50,11 +50,12 @@ def transformer(
     for m in net.modules():
         if isinstance(m, nn.Linear): nn.init.xavier_uniform_(m.weight); nn.init.zeros_(m.bias)
     nn.init.xavier_uniform_(net.pos_embed.proj.weight.view(net.inner_dim, -1))
-    for layer in (net.adaln_single.linear, net.adaln_single.emb.timestep_embedder.linear_1, net.adaln_single.emb.timestep_embedder.linear_2, net.caption_projection.linear_1, net.caption_projection.linear_2): nn.init.normal_(layer.weight, std=.02)
+    for layer in (net.adaln_single.linear, net.adaln_single.emb.timestep_embedder.linear_1, net.adaln_single.emb.timestep_embedder.linear_2): nn.init.normal_(layer.weight, std=.02)
+    for layer in (net.caption_projection.linear_1, net.caption_projection.linear_2): nn.init.normal_(layer.weight, std=layer.in_features**-.5)
     for layer in (net.proj_out, *(b.attn2.to_out[0] for b in net.transformer_blocks)): nn.init.zeros_(layer.weight)
     return net
 
-# %% ../../nbs/37_dit.ipynb #10b92107
+# %% ../../nbs/37_dit.ipynb #da718b2b
 OBJECTIVES = ("flow", "noise")
 
 class DiT(nn.Module):
@@ -67,11 +68,12 @@ class DiT(nn.Module):
         seen: dict[str, set[float]] = {},   # finding -> its values among the training images
         drop: float = .1,              # share of training examples without a condition, for guidance
         pooled: bool = True,           # whether the mean of the text's states shifts and scales the blocks with the time; False as published
+        centre: float = 0.,            # of a flow's times in training, which are logit-normal; below zero there is more noise
         **network,                     # of `transformer`
     ):
         super().__init__()
         if objective not in OBJECTIVES: raise ValueError(f"objective {objective!r} is not one of {', '.join(OBJECTIVES)}")
-        self.shape, self.objective, self.findings, self.seen, self.drop = tuple(shape), objective, list(findings), {f: set(v) for f, v in seen.items()}, drop
+        self.shape, self.objective, self.findings, self.seen, self.drop, self.centre = tuple(shape), objective, list(findings), {f: set(v) for f, v in seen.items()}, drop, centre
         self.net, self.control = transformer(self.shape, text_width, **network), None
         self.nothing = nn.Parameter(torch.randn(1, 1, text_width)*.02)   # what stands for no condition
         self.whole = nn.Linear(text_width, self.net.inner_dim) if pooled else None
@@ -130,16 +132,18 @@ class Control(nn.Module):
         for block, out in zip(self.blocks, self.out): h = block(h, **also); added.append(out(h))
         return added
 
-# %% ../../nbs/37_dit.ipynb #dcd9d11c
+# %% ../../nbs/37_dit.ipynb #89bd349d
 @patch
 def losses(self: DiT, batch: dict[str, Tensor], step: int = 0) -> dict[str, Tensor]:
-    "Squared error of the speed or of the noise, a mean over everything; a share `drop` of the examples is told nothing."
+    "Squared error of the speed or of the noise, a mean over everything; a share `drop` of the examples is told nothing, as are those of which nothing is known."
     x, states, mask = batch["latent"], batch["states"], batch["mask"]; b = len(x); noise = torch.randn_like(x)
-    none = (torch.rand(b, device=x.device) < self.drop)[:, None]
+    none = torch.rand(b, device=x.device) < self.drop
+    if "silent" in batch: none = none | batch["silent"]
+    none = none[:, None]
     empty = torch.zeros_like(states); empty[:, :1] = self.nothing.to(states); first = torch.zeros_like(mask); first[:, 0] = True
     said = torch.where(none[..., None], empty, states), torch.where(none, first, mask), *([batch["drawing"]] if "drawing" in batch else [])
     if self.objective == "flow":
-        t = draw_times(b, centre=0., device=x.device); at, want = PATHS["straight"].between(noise, x, t); t = 1000*(1 - t)
+        t = draw_times(b, centre=self.centre, device=x.device); at, want = PATHS["straight"].between(noise, x, t); t = 1000*(1 - t)
     else:
         t = torch.randint(1000, (b,), device=x.device); at, want = self.schedule.add_noise(x, noise, t), noise
     return {self.objective: F.mse_loss(self(at, t, *said).float(), want)}
@@ -167,7 +171,7 @@ def draw(self: DiT,
     for t in schedule.timesteps: x = schedule.step(answer(x, t.expand(len(x)).float()), t, x).prev_sample
     return x
 
-# %% ../../nbs/37_dit.ipynb #90a27f43
+# %% ../../nbs/37_dit.ipynb #93172dc2
 def words_of(c: Condition) -> list[str]:
     "A condition as captions, from all that is known of it to its findings alone."
     labels = findings_text(c.findings or {}); text = c.text or labels; who = dict(view=c.view, sex=c.sex, age=c.age, race=c.race)
@@ -178,15 +182,21 @@ class ConditionedLatents(Dataset):
     def __init__(self,
         latents: np.ndarray,          # of a whole set, [n c h w]
         rows: np.ndarray,             # positions in it, [m]
-        captions: Embedded,           # of the rows, three each, [3 m]
-        drawings: np.ndarray | None = None,  # latents of drawings of the rows: boxes, masks, nothing, [3 m c h w]
-    ): self.latents, self.rows, self.captions, self.drawings = latents, np.asarray(rows), captions, drawings
+        conditions: list[Condition],  # of the rows
+        encoder: TextEncoder,         # of the captions
+        drawings: tuple[np.ndarray, np.ndarray] | None = None,  # of `drawings_of`
+    ):
+        words = [words_of(c) for c in conditions]; said = [w[k] for k in range(3) for w in words]
+        self.latents, self.rows, self.drawings = latents, np.asarray(rows), drawings
+        self.captions, self.silent = embed([w or "." for w in said], encoder), torch.tensor([not w for w in said])
     def __len__(self): return len(self.rows)
-    def __getitems__(self, positions: list[int]) -> dict[str, Tensor]:  # latent [b c h w], states [b l d], mask [b l]; drawing [b c h w]
-        at = np.asarray(positions); kind = torch.multinomial(torch.tensor([.5, .25, .25]), len(at), True).numpy(); m = len(self.rows)
-        states, mask = self.captions.batch(at + m*kind)
-        batch = dict(latent=torch.from_numpy(self.latents[self.rows[at]].astype(np.float32)), states=states, mask=mask)
-        return batch if self.drawings is None else batch | dict(drawing=torch.from_numpy(self.drawings[torch.multinomial(torch.tensor([.45, .45, .1]), len(at), True).numpy(), at].astype(np.float32)))
+    def __getitems__(self, positions: list[int]) -> dict[str, Tensor]:  # latent [b c h w], states [b l d], mask [b l], silent [b]; drawing [b c h w]
+        at = np.asarray(positions); kind = torch.multinomial(torch.tensor([.5, .25, .25]), len(at), True).numpy(); which = at + len(self.rows)*kind
+        states, mask = self.captions.batch(which)
+        batch = dict(latent=torch.from_numpy(self.latents[self.rows[at]].astype(np.float32)), states=states, mask=mask, silent=self.silent[which])
+        if self.drawings is None: return batch
+        drawn, blank = self.drawings; kind = torch.multinomial(torch.tensor([.45, .45, .1]), len(at), True).numpy()
+        return batch | dict(drawing=torch.from_numpy(np.where((kind < 2)[:, None, None, None], drawn[kind.clip(max=1), at], blank).astype(np.float32)))
 
 # %% ../../nbs/37_dit.ipynb #a60a4b98
 @patch
@@ -204,7 +214,7 @@ def sample(self: DiT, conditions: list[Condition], rng: torch.Generator) -> Tens
     if self.control is not None: drawing = encode_drawings([picture(c.boxes or (), c.mask, self.shape[1]*auto.factor) for c in conditions], auto)
     with evaluating(self): return auto.decode(self.draw(noise, states, mask, drawing, **self.settings)).float().clamp(-1, 1)
 
-# %% ../../nbs/37_dit.ipynb #6a1bb66b
+# %% ../../nbs/37_dit.ipynb #8768cea5
 def picture(
     boxes: Sequence,             # of Box, corners as fractions of the image
     mask: np.ndarray | None,     # 0/1 [h w]; None: no mask
@@ -224,15 +234,18 @@ def encode_drawings(pictures: list[np.ndarray], auto: Autoencoder, batch_size: i
     x = to_unit(torch.from_numpy(np.stack(pictures)))[:, None]
     with evaluating(auto): return torch.cat([auto.encode(p.to(auto.device)).float() for p in x.split(batch_size)])
 
-def drawings_of(data: RadiographSet, rows: np.ndarray, auto: Autoencoder) -> np.ndarray:  # float16 [3 m c h w]
-    "Latents of the boxes of some images, of their masks, and of nothing. Raises `ValueError` where the set has neither boxes nor masks."
+def drawings_of(data: RadiographSet, rows: np.ndarray, auto: Autoencoder, batch_size: int = 64) -> tuple[np.ndarray, np.ndarray]:  # float16 [2 m c h w], [c h w]
+    "Latents of the boxes and of the masks of some images, and of an empty drawing. Raises `ValueError` where the set has neither boxes nor masks."
     asked = conditions_of(data, rows, ("boxes", "mask"))
     if not any(c.boxes or c.mask is not None for c in asked): raise ValueError(f"{data.path} has neither boxes nor masks of findings in these images: a control cannot learn from it")
-    kinds = [[picture(c.boxes or (), None, data.size) for c in asked], [picture((), c.mask, data.size) for c in asked], [picture((), None, data.size)]]
-    made = [encode_drawings(k, auto).cpu().numpy().astype(np.float16) for k in kinds]
-    return np.stack([made[0], made[1], np.broadcast_to(made[2], made[0].shape)])
+    encoded = lambda pictures: encode_drawings(pictures, auto).cpu().numpy().astype(np.float16)
+    blank = encoded([picture((), None, data.size)])[0]; made = np.empty((2, len(rows), *blank.shape), np.float16); made[:] = blank
+    for k, ours in enumerate(([i for i, c in enumerate(asked) if c.boxes], [i for i, c in enumerate(asked) if c.mask is not None])):
+        for i in range(0, len(ours), batch_size):
+            part = ours[i:i + batch_size]; made[k, part] = encoded([picture((), asked[j].mask, data.size) if k else picture(asked[j].boxes, None, data.size) for j in part])
+    return made, blank
 
-# %% ../../nbs/37_dit.ipynb #8b356f83
+# %% ../../nbs/37_dit.ipynb #6cd1c69a
 def train_dit(
     data: RadiographSet,   # the training set
     rows: np.ndarray,      # positions of its training images
@@ -254,38 +267,37 @@ def train_dit(
 ) -> tuple[DiT, History]:  # the averaged model, attached to its frozen networks
     "Trains a transformer on the latents of a set; goes on from the last checkpoint in `out`."
     auto, texts = load_autoencoder(autoencoder).to(default_device()), text_encoder(encoder)
-    latents, words = latents_of(data, auto), [words_of(c) for c in conditions_of(data, rows)]
-    captions = embed([w[k] or "." for k in range(3) for w in words], texts); texts.to("cpu")   # some are larger than the model
+    latents = latents_of(data, auto); examples = ConditionedLatents(latents, rows, conditions_of(data, rows), texts); texts.to("cpu")   # some are larger than the model
     with seeded(seed, "dit"): dit = DiT(latents.shape[1:], texts.width, objective, data.findings, seen_values(data, rows), **network)
     if compile: dit.compile()
-    history = fit(dit, ConditionedLatents(latents, rows, captions), out=Path(out), steps=steps, batch_size=batch_size, seed=seed, optimizers=_adamw(lr), schedule=rise_and_fall(steps, .05), ema=ema, clip=1.,
+    history = fit(dit, examples, out=Path(out), steps=steps, batch_size=batch_size, seed=seed, optimizers=_adamw(lr), schedule=rise_and_fall(steps, .05), ema=ema, clip=1.,
                   config=dict(autoencoder=auto.key, encoder=texts.key, objective=objective, network=network, data=data.sha256), callbacks=callbacks, **options)
     dit = history.ema.attach(auto, texts); dit.settings |= sampling
     if of_this_run().is_main_process: save_dit(dit, out, autoencoder, encoder, network)
     return dit, history
 
-# %% ../../nbs/37_dit.ipynb #946e4e13
+# %% ../../nbs/37_dit.ipynb #d679088d
 def _adamw(lr): return lambda m: torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr, weight_decay=.01)
 
 def train_control(
-    dit: DiT,              # trained; a copy of it gets the control, and stays as it is otherwise
     data: RadiographSet, rows: np.ndarray,  # the set, and positions of its training images
     out: str | Path,       # folder for log, checkpoints and the model
     *,
-    specs: tuple[str, str],  # of autoencoder and text encoder, to be saved with it
-    network: dict,           # of the transformer
+    base: str | Path,      # folder of the transformer, which stays as it is
     blocks: int,           # that are copied: 13 of 28 as published
     steps: int, batch_size: int, lr: float, ema: float, seed: int,  # as of `train_dit`
+    compile: bool = False, # whether torch.compile makes the network faster
     **options,             # passed to `fit`
 ) -> tuple[DiT, History]:
-    "Trains a control for boxes and masks; goes on from the last checkpoint in `out`. Raises `ValueError` where the set has neither."
-    auto, texts = dit.frozen; model = deepcopy(dit)
+    "Trains a control for boxes and masks; goes on from the last checkpoint in `out`. Raises `ValueError` where the set has neither, and as `load_dit` does."
+    model = load_dit(base); auto, texts = model.frozen; key = weights_key(model)
     model.requires_grad_(False); model.control = Control(model.net, blocks).requires_grad_(True)
-    captions = embed([w or "." for k in range(3) for w in (words_of(c)[k] for c in conditions_of(data, rows))], texts)
-    history = fit(model, ConditionedLatents(latents_of(data, auto), rows, captions, drawings_of(data, rows, auto)), out=Path(out), steps=steps, batch_size=batch_size, seed=seed, optimizers=_adamw(lr), schedule=rise_and_fall(steps, .05),
-                  ema=ema, clip=1., config=dict(blocks=blocks, base=weights_key(dit), data=data.sha256), **options)
-    model = history.ema.attach(auto, texts)
-    if of_this_run().is_main_process: save_dit(model, out, *specs, network)
+    examples = ConditionedLatents(latents_of(data, auto), rows, conditions_of(data, rows), texts, drawings_of(data, rows, auto)); texts.to("cpu")
+    if compile: model.compile()
+    history = fit(model, examples, out=Path(out), steps=steps, batch_size=batch_size, seed=seed, optimizers=_adamw(lr), schedule=rise_and_fall(steps, .05),
+                  ema=ema, clip=1., config=dict(blocks=blocks, base=key, data=data.sha256), **options)
+    model = history.ema.attach(auto, texts); told = json.loads((Path(base)/"dit.json").read_text())
+    if of_this_run().is_main_process: save_dit(model, out, *(told[k] for k in ("autoencoder", "encoder", "network")))
     return model, history
 
 # %% ../../nbs/37_dit.ipynb #1fb204e2

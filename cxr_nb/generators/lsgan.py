@@ -125,7 +125,7 @@ def sample(self: LSGAN, conditions: list[Condition], rng: torch.Generator) -> Te
     check_conditions(conditions, self)
     with evaluating(self.generator) as g: return g(self.noise(len(conditions), rng))
 
-# %% ../../nbs/33_lsgan.ipynb #e3f894d9
+# %% ../../nbs/33_lsgan.ipynb #ee781995
 class Snapshots(Callback):
     "Keeps what the same noise becomes after `at` steps in `snapshots/step-N.npy`, uint8 [n h w]; 0 is before the first."
     def __init__(self, at: Sequence[int], seed: int, n: int = 8): self.at, self.seed, self.n = set(at), seed, n
@@ -150,6 +150,7 @@ def train_lsgan(
     lr: float,             # of Adam in both networks
     ema: float,            # decay of the averaged weights, where the recipe averages
     seed: int,             # of weights, batches and noise
+    callbacks: Sequence = (),  # further ones
     **options,             # passed to `fit`: precision, checkpoint_every ...
 ) -> tuple[LSGAN, History]:  # the trained model, settled, and what the fit left
     "Trains a GAN on a set; goes on from the last checkpoint in `out`. Raises `ValueError` for a number of generator steps that the recipe's steps do not make up."
@@ -158,5 +159,5 @@ def train_lsgan(
     if rest or not steps: raise ValueError(f"generator_steps {generator_steps}: the recipe `{recipe}` takes {gan.recipe.phases.count('generator')} in each step, so give a multiple of that")
     history = fit(gan, RadiographData(data, rows, data.findings), out=Path(out), steps=steps, batch_size=batch_size, seed=seed, ema=ema if gan.recipe.average else None,
                   optimizers=lambda m: {k: torch.optim.Adam(getattr(m, k).parameters(), lr, betas=(.5, .999)) for k in ("discriminator", "generator")},
-                  config=dict(recipe=recipe, channels=channels, latent=latent, data=data.sha256), callbacks=[Snapshots([0, steps//20, steps//5, steps], seed)], **options)
+                  config=dict(recipe=recipe, channels=channels, latent=latent, data=data.sha256), callbacks=[Snapshots([0, steps//20, steps//5, steps], seed), *callbacks], **options)
     return (history.ema or history.model).settle(torch_rng(seed, "settle")), history
