@@ -55,7 +55,7 @@ def transformer(
     for layer in (net.proj_out, *(b.attn2.to_out[0] for b in net.transformer_blocks)): nn.init.zeros_(layer.weight)
     return net
 
-# %% ../../nbs/37_dit.ipynb #da718b2b
+# %% ../../nbs/37_dit.ipynb #bbc86c89
 OBJECTIVES = ("flow", "noise")
 
 class DiT(nn.Module):
@@ -68,6 +68,7 @@ class DiT(nn.Module):
         seen: dict[str, set[float]] = {},   # finding -> its values among the training images
         drop: float = .1,              # share of training examples without a condition, for guidance
         pooled: bool = True,           # whether the mean of the text's states shifts and scales the blocks with the time; False as published
+        places: int = 16,              # numbers that this mean adds to each place, through a map of its own; 0: none, as published
         centre: float = 0.,            # of a flow's times in training, which are logit-normal; below zero there is more noise
         **network,                     # of `transformer`
     ):
@@ -77,6 +78,8 @@ class DiT(nn.Module):
         self.net, self.control = transformer(self.shape, text_width, **network), None
         self.nothing = nn.Parameter(torch.randn(1, 1, text_width)*.02)   # what stands for no condition
         self.whole = nn.Linear(text_width, self.net.inner_dim) if pooled else None
+        self.places = nn.Sequential(nn.Linear(text_width, self.net.pos_embed.pos_embed.shape[1]*places), nn.Unflatten(1, (-1, places)), nn.Linear(places, self.net.inner_dim)) if places else None
+        if places: nn.init.zeros_(self.places[2].weight); nn.init.zeros_(self.places[2].bias)
         self.schedule = DDIMScheduler(1000, 1e-4, .02, "linear", clip_sample=False, timestep_spacing="trailing")
         self.settings = dict(steps=20 if objective == "flow" else 100, guidance=4., method="euler")   # of `sample`
         self.frozen = None
@@ -94,7 +97,7 @@ class Frozen(tuple):
     def __new__(cls, *networks): return super().__new__(cls, networks)
     def __deepcopy__(self, memo): return self
 
-# %% ../../nbs/37_dit.ipynb #c7919b8d
+# %% ../../nbs/37_dit.ipynb #52037f34
 @patch
 def forward(self: DiT,
     x: Tensor,        # latents on their way, [b c h w]
@@ -108,6 +111,7 @@ def forward(self: DiT,
     time, embedded = net.adaln_single(t, dict(resolution=None, aspect_ratio=None), batch_size=b, hidden_dtype=h.dtype)
     if self.whole is not None: embedded = embedded + self.whole(pooled(states, mask)); time = net.adaln_single.linear(F.silu(embedded))
     also = dict(encoder_hidden_states=net.caption_projection(states), encoder_attention_mask=((1 - mask.to(h.dtype))*-1e4)[:, None], timestep=time)
+    if self.places is not None: h = h + self.places(pooled(states, mask))
     added = self.control(h, net.pos_embed(drawing), also) if drawing is not None else []
     for k, block in enumerate(net.transformer_blocks):
         h = block(h, **also)
@@ -171,9 +175,9 @@ def draw(self: DiT,
     for t in schedule.timesteps: x = schedule.step(answer(x, t.expand(len(x)).float()), t, x).prev_sample
     return x
 
-# %% ../../nbs/37_dit.ipynb #93172dc2
+# %% ../../nbs/37_dit.ipynb #d9f086b4
 def words_of(c: Condition) -> list[str]:
-    "A condition as captions, from all that is known of it to its findings alone."
+    "A condition as captions, from all that is known of it to its findings alone; where there is a text, it says the findings."
     labels = findings_text(c.findings or {}); text = c.text or labels; who = dict(view=c.view, sex=c.sex, age=c.age, race=c.race)
     return [caption(text, **who), text, labels or text]
 

@@ -24,7 +24,7 @@ from ..data.images import RadiographData, RadiographSet
 from .vae import spectral_loss
 from ..train import History, evaluating, fit, weights_key
 
-# %% ../../nbs/35_latents.ipynb #7182b40f
+# %% ../../nbs/35_latents.ipynb #fc5d0046
 class Autoencoder(nn.Module):
     "Grey images to latents of about unit deviation, and back."
     def __init__(self, kl: AutoencoderKL):
@@ -35,6 +35,8 @@ class Autoencoder(nn.Module):
     def factor(self) -> int: return 2**(len(self.kl.config.block_out_channels) - 1)  # how many times smaller, in each direction
     @property
     def channels(self) -> int: return self.kl.config.latent_channels
+    @property
+    def shift(self) -> float: return self.kl.config.shift_factor or 0.   # Stable Diffusion 3 has one
     @property
     def device(self) -> torch.device: return self.kl.device
 
@@ -50,18 +52,18 @@ class Autoencoder(nn.Module):
     def encode(self, x: Tensor) -> Tensor:  # [b 1 h w] in [-1, 1] -> [b c h/f w/f]
         "Scaled means of q(z|x)."
         self.shape(x.shape[-1])
-        return self.posterior(x).mean*self.kl.config.scaling_factor
+        return (self.posterior(x).mean - self.shift)*self.kl.config.scaling_factor
 
     def decode(self, z: Tensor) -> Tensor:  # [b c h w] -> [b 1 f*h f*w], about in [-1, 1]
         "Images of latents."
-        return self.kl.decode(z.to(self.kl.dtype)/self.kl.config.scaling_factor).sample.mean(1, keepdim=True)
+        return self.kl.decode(z.to(self.kl.dtype)/self.kl.config.scaling_factor + self.shift).sample.mean(1, keepdim=True)
 
     @property
     def key(self) -> str:
         "Twelve digits that change with the weights and their scale."
-        return hashlib.sha256(f"{self.kl.config.scaling_factor!r} {weights_key(self.kl)}".encode()).hexdigest()[:12]
+        return hashlib.sha256(f"{self.kl.config.scaling_factor!r} {self.shift!r} {weights_key(self.kl)}".encode()).hexdigest()[:12]
 
-# %% ../../nbs/35_latents.ipynb #7b4c090b
+# %% ../../nbs/35_latents.ipynb #a25753ac
 def small_autoencoder(
     channels: list[int],   # of the stages; each but the last halves the side
     latent: int = 4,       # channels of the latent
@@ -76,17 +78,17 @@ def load_autoencoder(
     spec: str,   # folder of a run of 35_latents, of an AutoencoderKL, or of a pipeline with one in vae/; or hub:OWNER/NAME
 ) -> Autoencoder:
     "Loads an autoencoder. Raises `FileNotFoundError`, `ValueError` for a folder with another model, `OSError` where the hub cannot be reached."
-    if spec.startswith("hub:"):
-        try: return Autoencoder(AutoencoderKL.from_pretrained(spec[4:], subfolder="vae").eval())
-        except Exception as e: raise OSError(f"{spec}: the autoencoder cannot be had from the hub ({type(e).__name__}): download the folder `vae` of that model where there is a network and give its path") from e
+    hub = spec.startswith("hub:")
     folder = next((Path(spec)/s for s in ("", "autoencoder", "vae") if (Path(spec)/s/"config.json").is_file()), None)
-    if folder is None: raise FileNotFoundError(f"{spec} holds no autoencoder (config.json, or that in autoencoder/ or vae/): give a run of 35_latents, a folder as AutoencoderKL.save_pretrained writes it, or hub:OWNER/NAME")
-    if (kind := json.loads((folder/"config.json").read_text()).get("_class_name")) != "AutoencoderKL": raise ValueError(f"{folder} holds a {kind}, and an AutoencoderKL is needed")
+    if folder is None and not hub: raise FileNotFoundError(f"{spec} holds no autoencoder (config.json, or that in autoencoder/ or vae/): give a run of 35_latents, a folder as AutoencoderKL.save_pretrained writes it, or hub:OWNER/NAME")
+    if not hub and (kind := json.loads((folder/"config.json").read_text()).get("_class_name")) != "AutoencoderKL": raise ValueError(f"{folder} holds a {kind}, and an AutoencoderKL is needed")
     try:
-        net, told = AutoencoderKL.from_pretrained(str(folder), output_loading_info=True)
+        net, told = AutoencoderKL.from_pretrained(spec[4:], subfolder="vae", output_loading_info=True) if hub else AutoencoderKL.from_pretrained(str(folder), output_loading_info=True)
         if missing := sorted(told["missing_keys"]): raise ValueError(f"{len(missing)} tensors are missing, the first is {missing[0]}")
         return Autoencoder(net.eval())
-    except Exception as e: raise ValueError(f"{folder} cannot be read as an AutoencoderKL ({type(e).__name__}: {' '.join(str(e).split())[:200]}): download or train it again") from e
+    except Exception as e:
+        if hub and isinstance(e, OSError): raise OSError(f"{spec}: the autoencoder cannot be had from the hub ({type(e).__name__}): download the folder `vae` of that model where there is a network and give its path") from e
+        raise ValueError(f"{folder or spec} cannot be read as an AutoencoderKL ({type(e).__name__}: {' '.join(str(e).split())[:200]}): download or train it again") from e
 
 # %% ../../nbs/35_latents.ipynb #2f7e06bb
 class AutoencoderTraining(nn.Module):

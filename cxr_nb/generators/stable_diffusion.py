@@ -64,7 +64,7 @@ def prompts_of(
     if not len(keep): raise ValueError(f"{data.path}: none of {len(rows)} images has {dict(label='a known finding', position='boxes of its findings', report='a report')[style]}: there is no prompt in the style {style}")
     return np.asarray(rows)[keep], [words[i] for i in keep]
 
-# %% ../../nbs/38_stable_diffusion.ipynb #d60b5c0b
+# %% ../../nbs/38_stable_diffusion.ipynb #ea1debba
 def load_pipeline(
     spec: str,                            # folder of a StableDiffusionPipeline, or hub:OWNER/NAME
     dtype: torch.dtype = torch.float32,   # of the weights
@@ -96,7 +96,7 @@ def _whole(cls, folder, dtype):
 def _from_hub(name):
     parts = ["model_index.json", *(f"{p}/*" for p in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"))]
     try: return Path(huggingface_hub.snapshot_download(name, allow_patterns=parts, ignore_patterns=["*.fp16.*", "*.non_ema.*", "*.msgpack", "*.onnx*"]))
-    except Exception as e: raise OSError(f"hub:{name} cannot be had from the hub ({type(e).__name__}): download it where there is a network (a gated model needs a token: `hf auth login`) and give the path of its folder") from e
+    except OSError as e: raise OSError(f"hub:{name} cannot be had from the hub ({type(e).__name__}): download it where there is a network (a gated model needs a token: `hf auth login`) and give the path of its folder") from e
 
 # %% ../../nbs/38_stable_diffusion.ipynb #8e7651cb
 def tiny_pipeline(

@@ -151,14 +151,14 @@ def caption(
     of = f" of a{'n' if years.startswith(('8', '11-', '18-')) or not years and who[:1] in 'AEIOU' else ''} {years}{who}" if who else ""
     return " ".join(w for w in (f"{f'{view} chest' if view else 'Chest'} radiograph{of}." if view or of else "", text) if w)
 
-# %% ../../nbs/28_text.ipynb #2f3f559c
+# %% ../../nbs/28_text.ipynb #0c8803a9
 WORDINGS = {  # of a finding with grade and side; of one that is just there; and the same without it
     "learn": (["{grade} {side} {name}.", "There is a {grade} {side} {name}.", "{name} on the {side}, {grade}.", "The patient has {grade} {name} of the {side} side."],
               ["Some {name}.", "There is {name}.", "Evidence of {name} is seen.", "The chest is with {name}."],
               ["No {name}.", "There is no {name}.", "No evidence of {name} is seen.", "The chest is without {name}."]),
     "judge": (["The image shows {name}, {side}, which is {grade}.", "Findings in keeping with a {grade} {name} at the {side}."],
-              ["{name} is seen.", "Positive for {name}."],
-              ["{name} is not seen.", "Negative for {name}."]),
+              ["{name} is seen.", "Positive for {name}.", "There are signs of {name}.", "{name} is present."],
+              ["{name} is not seen.", "Negative for {name}.", "There are no signs of {name}.", "{name} is absent."]),
 }
 GRADES = ("mild", "moderate", "severe")
 SIDED = tuple(f for f in FINDINGS if len(FINDINGS[f].places) > 1)
