@@ -7,7 +7,7 @@ __all__ = ['TrainingModel', 'Batches', 'State', 'Callback', 'read_log', 'latest_
            'evaluating', 'SampleGrid', 'Validate', 'Plateau', 'plot_log', 'Progress', 'processes', 'History', 'fit',
            'launch', 'main']
 
-# %% ../nbs/01_train.ipynb #08a22c46
+# %% ../nbs/01_train.ipynb #3036546c
 import argparse, contextlib, ctypes, hashlib, importlib, json, os, shutil, signal, subprocess, sys, time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +24,6 @@ import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .core import atomic, image_grid, rng, write_json
@@ -110,13 +109,10 @@ class Callback:
     def state_dict(self) -> dict[str, Any]: return {}
     def load_state_dict(self, d: dict[str, Any]) -> None: pass
 
-# %% ../nbs/01_train.ipynb #2a5e26cc
+# %% ../nbs/01_train.ipynb #3283f0c7
 def _average(tensors: list[Tensor], world: int) -> None:
     for h in [dist.all_reduce(t, async_op=True) for t in tensors]: h.wait()
     torch._foreach_div_(tensors, world)
-
-def _attention(s: State):   # on a CPU in half precision the fused kernel is slow backwards: a step of a small transformer takes 1.4 times as long
-    return sdpa_kernel(SDPBackend.MATH) if s.device.type == "cpu" and s.dtype is not None else contextlib.nullcontext()
 
 def _phase(s: State, name: str, micro: list[dict[str, Tensor]]) -> dict[str, Tensor]:  # detached values by name, as logged
     optimizer, trained, sums = s.optimizers[name], s.trained[name], {}
@@ -125,7 +121,7 @@ def _phase(s: State, name: str, micro: list[dict[str, Tensor]]) -> dict[str, Ten
         for p in trained: p.requires_grad_(True)
     optimizer.zero_grad(set_to_none=True)
     for batch in micro:
-        with torch.autocast(s.device.type, s.dtype, enabled=s.dtype is not None), _attention(s):
+        with torch.autocast(s.device.type, s.dtype, enabled=s.dtype is not None):
             losses = s.model.losses(batch, s.step, *([name] if name else []))
         parts = [v for v in losses.values() if v.requires_grad]
         if not parts: raise ValueError(f"{type(s.model).__name__}.losses gave nothing with a gradient at step {s.step}{name and f' for {name!r}'}: {list(losses)}")

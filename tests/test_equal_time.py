@@ -44,5 +44,6 @@ def test_a_training_that_was_cut_off_keeps_its_rows_and_its_clock(tmp_path):
 
 
 def test_an_allowance_is_kept_and_one_without_a_step_is_refused(tmp_path):
-    n = allowance(.2, train, tmp_path/"a", 6); assert n > 0 and json.loads((tmp_path/"a"/"allowance.json").read_text())["steps"] == n == allowance(99., train, tmp_path/"a", 6)
+    n = allowance(.2, train, tmp_path/"a", 6); assert n > 0 and json.loads((tmp_path/"a"/"allowance.json").read_text())["steps"] == n == allowance(.2, train, tmp_path/"a", 6)
+    with pytest.raises(ValueError, match="begun with 0.2 s and now gets 9 s"): allowance(9., train, tmp_path/"a", 6)
     with pytest.raises(ValueError, match="b: a step takes .* give it more"): allowance(1e-9, train, tmp_path/"b", 6)

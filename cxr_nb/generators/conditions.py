@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['FAMILY', 'Box', 'Condition', 'conditions_of', 'findings_matrix', 'Generator', 'seen_values', 'check_conditions',
-           'restrict', 'RealCopies', 'MeanImage', 'requests', 'write_samples', 'sample_set', 'train_on', 'draw_samples',
-           'some_patients', 'data_key', 'report_model']
+           'restrict', 'askable', 'RealCopies', 'MeanImage', 'requests', 'write_samples', 'sample_set', 'train_on',
+           'draw_samples', 'some_patients', 'data_key', 'report_model']
 
-# %% ../../nbs/30_conditions.ipynb #56f6bdcd
+# %% ../../nbs/30_conditions.ipynb #c8a73544
 import hashlib, importlib, json, shutil, time
 from collections.abc import Collection
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -94,7 +94,7 @@ def findings_matrix(
         if unknown := set(c.findings or ()) - set(findings): raise ValueError(f"a condition asks for {sorted(unknown)}; the findings are {findings}")
     return np.array([[(c.findings or {}).get(f, np.nan) for f in findings] for c in conditions], np.float32).reshape(len(conditions), len(findings))
 
-# %% ../../nbs/30_conditions.ipynb #049d46a5
+# %% ../../nbs/30_conditions.ipynb #f2b5e30c
 class Generator(Protocol):
     "What every generator answers, whatever its family."
     conditions: frozenset[str]   # of {"findings", "text", "boxes", "mask", "view", "sex", "age", "race"}
@@ -131,6 +131,14 @@ def restrict(
 ) -> list[Condition]:             # the same with the other fields dropped
     "Drops the fields that a generator does not understand; call it where that is meant, so that it is never done in silence."
     return [Condition(**{f: getattr(c, f) for f in known}, parent=c.parent) for c in conditions]
+
+def askable(
+    conditions: list[Condition],  # what was asked
+    generator: Generator,         # who is asked
+) -> list[Condition]:             # the same without what it cannot answer
+    "Drops the fields that a generator does not understand, and findings in states that none of its training images had; call it where that is meant."
+    def known(c): return {f: v for f, v in (c.findings or {}).items() if v in generator.seen.get(f, ())} or None
+    return [replace(c, findings=known(c)) for c in restrict(conditions, generator.conditions)]
 
 # %% ../../nbs/30_conditions.ipynb #aaef8ecf
 @dataclass

@@ -6,9 +6,10 @@
 __all__ = ['OBJECTIVES', 'transformer', 'DiT', 'Frozen', 'Control', 'words_of', 'ConditionedLatents', 'picture',
            'encode_drawings', 'drawings_of', 'train_dit', 'train_control', 'save_dit', 'load_dit']
 
-# %% ../../nbs/37_dit.ipynb #de4dcd07
+# %% ../../nbs/37_dit.ipynb #164e9865
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler, PixArtTransformer2DModel
 from fastcore.basics import patch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import Dataset
 
 from ..core import atomic, default_device, seeded, to_unit, write_json
@@ -136,7 +138,7 @@ class Control(nn.Module):
         for block, out in zip(self.blocks, self.out): h = block(h, **also); added.append(out(h))
         return added
 
-# %% ../../nbs/37_dit.ipynb #89bd349d
+# %% ../../nbs/37_dit.ipynb #3fd4880b
 @patch
 def losses(self: DiT, batch: dict[str, Tensor], step: int = 0) -> dict[str, Tensor]:
     "Squared error of the speed or of the noise, a mean over everything; a share `drop` of the examples is told nothing, as are those of which nothing is known."
@@ -150,7 +152,7 @@ def losses(self: DiT, batch: dict[str, Tensor], step: int = 0) -> dict[str, Tens
         t = draw_times(b, centre=self.centre, device=x.device); at, want = PATHS["straight"].between(noise, x, t); t = 1000*(1 - t)
     else:
         t = torch.randint(1000, (b,), device=x.device); at, want = self.schedule.add_noise(x, noise, t), noise
-    return {self.objective: F.mse_loss(self(at, t, *said).float(), want)}
+    with sdpa_kernel(SDPBackend.MATH) if x.device.type == "cpu" else nullcontext(): return {self.objective: F.mse_loss(self(at, t, *said).float(), want)}   # on a CPU the fused kernel is slow backwards, and these sequences are short
 
 # %% ../../nbs/37_dit.ipynb #6adf595b
 @patch
@@ -249,7 +251,7 @@ def drawings_of(data: RadiographSet, rows: np.ndarray, auto: Autoencoder, batch_
             part = ours[i:i + batch_size]; made[k, part] = encoded([picture((), asked[j].mask, data.size) if k else picture(asked[j].boxes, None, data.size) for j in part])
     return made, blank
 
-# %% ../../nbs/37_dit.ipynb #6cd1c69a
+# %% ../../nbs/37_dit.ipynb #852e12aa
 def train_dit(
     data: RadiographSet,   # the training set
     rows: np.ndarray,      # positions of its training images
@@ -258,7 +260,7 @@ def train_dit(
     autoencoder: str,      # spec, of `load_autoencoder`
     encoder: str,          # spec, of `text_encoder`
     objective: str,        # one of OBJECTIVES
-    network: dict,         # of `DiT` and `transformer`: pooled, heads, head_width, depth, patch_size
+    network: dict,         # of `DiT` and `transformer`: pooled, places, centre, heads, head_width, depth, patch_size
     steps: int,            # optimiser steps
     batch_size: int,       # images a step
     lr: float,             # of AdamW, at its highest
@@ -280,7 +282,7 @@ def train_dit(
     if of_this_run().is_main_process: save_dit(dit, out, autoencoder, encoder, network)
     return dit, history
 
-# %% ../../nbs/37_dit.ipynb #d679088d
+# %% ../../nbs/37_dit.ipynb #240feaf0
 def _adamw(lr): return lambda m: torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr, weight_decay=.01)
 
 def train_control(
@@ -295,6 +297,7 @@ def train_control(
 ) -> tuple[DiT, History]:
     "Trains a control for boxes and masks; goes on from the last checkpoint in `out`. Raises `ValueError` where the set has neither, and as `load_dit` does."
     model = load_dit(base); auto, texts = model.frozen; key = weights_key(model)
+    if auto.shape(data.size) != model.shape: raise ValueError(f"{data.path} has images of {data.size} px, latents of {auto.shape(data.size)}, and the transformer in {base} was trained on {model.shape}: open the set at {model.shape[1]*auto.factor} px")
     model.requires_grad_(False); model.control = Control(model.net, blocks).requires_grad_(True)
     examples = ConditionedLatents(latents_of(data, auto), rows, conditions_of(data, rows), texts, drawings_of(data, rows, auto)); texts.to("cpu")
     if compile: model.compile()

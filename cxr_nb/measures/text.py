@@ -227,11 +227,11 @@ def made_reports(n: int, seed: int) -> tuple[list[str], np.ndarray]:  # texts; m
         y.append(meaning({f: float(f in found) for f in FINDINGS}, sides, grades, **who))
     return texts, np.stack(y)
 
-# %% ../../nbs/28_text.ipynb #ceb63903
+# %% ../../nbs/28_text.ipynb #c1a22642
 def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:  # vocabulary: tokens
-    "Lower-case word pieces of these texts."
-    t = Tokenizer(models.WordPiece(unk_token="[UNK]")); t.normalizer, t.pre_tokenizer, t.decoder = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
-    t.train_from_iterator(texts, trainers.WordPieceTrainer(vocab_size=vocabulary, special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]"], show_progress=False))
+    "Lower-case pieces of words by byte-pair encoding, the same for the same texts (the trainer of BERT's word pieces numbers pieces of equal frequency differently each time)."
+    t = Tokenizer(models.BPE(unk_token="[UNK]")); t.normalizer, t.pre_tokenizer, t.decoder = normalizers.BertNormalizer(), pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    t.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]"], show_progress=False))
     t.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
     return PreTrainedTokenizerFast(tokenizer_object=t, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]")
 
@@ -260,7 +260,7 @@ class TextData(Dataset):
         rows = self.rows[np.asarray(positions)]
         return dict(ids=nn.utils.rnn.pad_sequence([self.ids[i] for i in rows], batch_first=True), meaning=self.meaning[rows])
 
-# %% ../../nbs/28_text.ipynb #77551be6
+# %% ../../nbs/28_text.ipynb #50989270
 def train_text_encoder(
     kinds: list[tuple[list[str], np.ndarray]],  # texts and meanings [n m] of each kind
     out: str | Path,   # folder of the run: log and checkpoints go to fit/, the encoder to encoder/
@@ -275,7 +275,7 @@ def train_text_encoder(
     tokenizer = train_tokenizer([t for texts, _ in kinds for t in texts], vocabulary)
     with seeded(seed, "text"): model = MeaningModel(BertModel(BertConfig(vocab_size=len(tokenizer), hidden_size=width, num_hidden_layers=layers, num_attention_heads=max(1, width//32), intermediate_size=2*width, max_position_embeddings=length), add_pooling_layer=False))
     history = fit(model, TextData(kinds, tokenizer, length), out=Path(out)/"fit", steps=steps, batch_size=batch_size, seed=seed, optimizers=lr, clip=1., schedule=rise_and_fall(steps, .1),
-                  config=dict(width=width, layers=layers, texts=hashlib.sha256(repr([t for t, _ in kinds]).encode()).hexdigest()), **options)
+                  config=dict(width=width, layers=layers, tokenizer=hashlib.sha256(_rules(tokenizer).encode()).hexdigest()[:12], texts=hashlib.sha256(repr([t for t, _ in kinds]).encode()).hexdigest()), **options)
     model.net.save_pretrained(Path(out)/"encoder"); tokenizer.save_pretrained(Path(out)/"encoder")
     return TextEncoder("trained here", tokenizer, model.net, length), history
 

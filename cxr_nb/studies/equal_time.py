@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Looks', 'allowance']
 
-# %% ../../nbs/61_equal_time.ipynb #af5d7b04
-import json, time
+# %% ../../nbs/61_equal_time.ipynb #9c6a53ad
+import json, shutil, time
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -18,20 +18,23 @@ from torch import nn
 from ..core import write_json
 from ..train import Callback, State
 
-# %% ../../nbs/61_equal_time.ipynb #9b9ea009
+# %% ../../nbs/61_equal_time.ipynb #021f8b55
 class Looks(Callback):
     "Hands a copy of the model to `look` after given steps and keeps the rows that it gives; `seconds` is the time of the training alone."
     def __init__(self,
         steps: Sequence[int] = (),  # after which is looked, from 1 on
         look: Callable[[nn.Module, int, float], list[dict[str, Any]]] | None = None,  # (copy of the model, steps, seconds) -> rows of a table
-    ): self.steps, self.look, self.seconds, self.times, self.rows = set(steps), look, 0., [], []
+        how: str = "",              # what the rows depend on; a training taken up again must be looked at in the same way
+    ): self.steps, self.look, self.how, self.seconds, self.times, self.rows = set(steps), look, f"after {sorted(set(steps))} steps: {how}", 0., [], []
     def before_fit(self, s: State) -> None: self.last = time.perf_counter()
     def after_step(self, s: State) -> None:
         self.times.append(time.perf_counter() - self.last); self.seconds += self.times[-1]
         if s.step + 1 in self.steps: self.rows += self.look(deepcopy(s.module).eval(), s.step + 1, self.seconds)
         self.last = time.perf_counter()
-    def state_dict(self) -> dict[str, Any]: return dict(seconds=self.seconds, rows=self.rows)
-    def load_state_dict(self, d: dict[str, Any]) -> None: self.seconds, self.rows = d["seconds"], list(d["rows"])
+    def state_dict(self) -> dict[str, Any]: return dict(seconds=self.seconds, rows=self.rows, how=self.how)
+    def load_state_dict(self, d: dict[str, Any]) -> None:
+        if d["how"] != self.how: raise ValueError(f"this training was looked at {d['how']}, and now it is to be {self.how}: give the run another folder")
+        self.seconds, self.rows = d["seconds"], list(d["rows"])
 
 def allowance(
     seconds: float,             # of training
@@ -39,10 +42,14 @@ def allowance(
     folder: str | Path,         # of the training that will follow
     probe: int = 12,            # steps of the estimate; the first third warms up
 ) -> int:                       # steps
-    "How many steps of a training fit into a time; written beside the training, so that one taken up again does as many. Raises `ValueError` where not even one does."
+    "How many steps of a training fit into a time; written beside the training, so that one taken up again does as many. Raises `ValueError` where not even one does, and for a training that was begun with another time."
     kept = Path(folder)/"allowance.json"
-    if kept.is_file(): return json.loads(kept.read_text())["steps"]
+    if kept.is_file():
+        known = json.loads(kept.read_text())
+        if known["seconds"] != seconds: raise ValueError(f"{folder} was begun with {known['seconds']:g} s and now gets {seconds:g} s: give the run another folder")
+        return known["steps"]
+    shutil.rmtree(Path(folder)/"probe", ignore_errors=True)   # of one that was cut off
     clock = Looks(); train(Path(folder)/"probe", probe, [clock]); each = float(np.median(clock.times[probe//3:]))
     if seconds < each: raise ValueError(f"{folder}: a step takes {each:.2g} s, more than the {seconds:g} s of the whole training: give it more")
-    write_json(kept, dict(steps=int(seconds/each), seconds_a_step=each))
+    write_json(kept, dict(seconds=seconds, steps=int(seconds/each), seconds_a_step=each))
     return int(seconds/each)
