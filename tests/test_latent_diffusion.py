@@ -68,6 +68,16 @@ def test_weights_that_are_missing_are_an_error_and_not_drawn_at_random(parts, tm
     with pytest.raises(ValueError, match="1 tensors are missing"): text_encoder(f"radbert:{tmp_path/'model.safetensors'}")
 
 
+def test_t5_is_read_with_the_tokenizer_of_its_release(tmp_path):
+    "A sentencepiece model, as the published T5 encoders have it, and no tokenizer.json."
+    import io, sentencepiece
+    from transformers import T5Config, T5EncoderModel
+    made = io.BytesIO(); sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(["Mild left pleural effusion.", "No effusion. The lungs are clear."]*5), model_writer=made, vocab_size=40, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, hard_vocab_limit=False, minloglevel=2)
+    (tmp_path/"spiece.model").write_bytes(made.getvalue()); (tmp_path/"tokenizer_config.json").write_text(json.dumps(dict(tokenizer_class="T5Tokenizer", extra_ids=0)))
+    T5EncoderModel(T5Config(vocab_size=60, d_model=24, d_kv=8, d_ff=16, num_layers=1, num_heads=2)).save_pretrained(tmp_path); e = text_encoder(f"t5:{tmp_path}")
+    states, mask = e(["Mild left effusion.", "No"]); assert states.shape[2] == 24 == e.width and mask[0].sum() > mask[1].sum() and e.length == 120
+
+
 # Training
 
 def test_an_autoencoder_is_resumed_exactly_and_its_scale_is_that_of_its_latents(data, tmp_path):
@@ -91,11 +101,27 @@ def test_a_transformer_on_the_published_form_is_resumed_exactly_and_draws_by_its
 
 
 def test_captions_move_what_a_model_that_heeds_them_draws(parts):
-    with seeded(0, "heed"): dit = DiT((4, 8, 8), 16, **NET).eval()
-    for p in (*dit.net.proj_out.parameters(), *(q for b in dit.net.transformer_blocks for q in b.attn2.to_out[0].parameters())): nn.init.normal_(p, std=.2, generator=torch_rng(0, "open"))
-    dit.attach(load_autoencoder(parts["autoencoder"]), text_encoder(parts["encoder"])).settings |= dict(steps=2)
+    dit = opened(parts); dit.settings |= dict(steps=2)
     a, b = dit.sample([Condition(text="Mild left pleural effusion."), Condition(text="normal heart")], torch_rng(0, "x")), dit.sample([Condition(text="Mild left pleural effusion.")]*2, torch_rng(0, "x"))
     assert torch.allclose(a[0], b[0], atol=1e-4) and not torch.allclose(a[1], b[1], atol=1e-3)
+
+
+def opened(parts):   # a transformer whose closed layers have been opened, so that words matter
+    with seeded(0, "heed"): dit = DiT((4, 8, 8), 16, drop=0., **NET).eval()
+    for p in (*dit.net.proj_out.parameters(), *dit.places[2].parameters(), *(q for b in dit.net.transformer_blocks for q in b.attn2.to_out[0].parameters())): nn.init.normal_(p, std=.2, generator=torch_rng(0, "open"))
+    return dit.attach(load_autoencoder(parts["autoencoder"]), text_encoder(parts["encoder"]))
+
+
+def test_an_image_of_which_nothing_is_known_teaches_what_nothing_means(parts):
+    dit = opened(parts); x, a, b = torch.randn(2, 4, 8, 8), torch.randn(2, 3, 16), torch.randn(2, 3, 16); mask = torch.ones(2, 3, dtype=torch.bool)
+    def loss(states, silent):
+        with seeded(0, "noise"): return dit.losses(dict(latent=x, states=states, mask=mask, silent=torch.tensor(silent)))["flow"].item()
+    assert loss(a, [True, True]) == loss(b, [True, True]) and loss(a, [False, True]) != loss(b, [False, True]) and loss(a, [True, True]) != loss(a, [False, False])
+
+
+def test_without_words_guidance_changes_nothing(parts):
+    dit = opened(parts); draw = lambda w, c: (dit.settings.update(steps=2, guidance=w), dit.sample(c, torch_rng(0, "x")))[1]
+    assert torch.allclose(draw(1., [Condition()]), draw(4., [Condition()]), atol=1e-4) and not torch.allclose(draw(1., [Condition(text="left")]), draw(4., [Condition(text="left")]), atol=1e-3)
 
 
 def test_a_control_keeps_the_base_and_is_resumed_exactly(data, parts, tmp_path):
@@ -108,6 +134,16 @@ def test_a_control_keeps_the_base_and_is_resumed_exactly(data, parts, tmp_path):
     loaded = load_dit(tmp_path/"whole"); asked = [Condition(boxes=(Box("Mass", .1, .1, .6, .6),)), Condition(text="left")]
     for m in (whole, loaded): m.settings = dict(steps=2, guidance=2., method="heun")
     assert torch.allclose(whole.sample(asked, torch_rng(0, "x")), loaded.sample(asked, torch_rng(0, "x")), atol=1e-5)
+
+
+def test_a_control_for_images_of_another_size_is_refused(data, parts, tmp_path):
+    train_dit(data, rows(data), tmp_path/"base", **TRAIN | parts); small = open_dataset(str(data.path), 16)
+    with pytest.raises(ValueError, match="16 px.*open the set at 32 px"): train_control(small, rows(small), tmp_path/"c", base=tmp_path/"base", blocks=1, steps=2, batch_size=8, lr=1e-3, ema=.9, seed=0, **QUICK)
+
+
+def test_the_same_texts_make_the_same_pieces():
+    texts = ["Mild left pleural effusion.", "The heart is of normal size.", "A 43 mm mass; a 47 mm mass."]
+    assert train_tokenizer(texts, 60).get_vocab() == train_tokenizer(texts, 60).get_vocab()
 
 
 def test_a_control_needs_boxes_or_masks(data, parts, tmp_path):
