@@ -124,6 +124,12 @@ def test_without_words_guidance_changes_nothing(parts):
     assert torch.allclose(draw(1., [Condition()]), draw(4., [Condition()]), atol=1e-4) and not torch.allclose(draw(1., [Condition(text="left")]), draw(4., [Condition(text="left")]), atol=1e-3)
 
 
+def test_in_half_precision_it_draws_nearly_the_same(parts):
+    dit = opened(parts); c = [Condition(text="Mild left pleural effusion.")]; drawn = {}
+    for precision in ("no", "bf16"): dit.settings |= dict(steps=4, guidance=2., precision=precision); drawn[precision] = dit.sample(c, torch_rng(0, "x"))
+    apart = (drawn["no"] - drawn["bf16"]).abs().max(); assert 0 < apart < .1 and drawn["bf16"].dtype == torch.float32
+
+
 def test_a_control_keeps_the_base_and_is_resumed_exactly(data, parts, tmp_path):
     base, _ = train_dit(data, rows(data), tmp_path/"base", **TRAIN | parts)
     given = dict(base=tmp_path/"base", blocks=1, steps=6, batch_size=8, lr=1e-3, ema=.9, seed=0, **QUICK)
@@ -190,9 +196,12 @@ def test_compiled_by_inductor_it_trains(data, parts, tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_on_a_gpu_in_bf16_and_compiled(data, parts, tmp_path):
-    dit, h = train_dit(data, rows(data), tmp_path/"g", precision="bf16", compile=True, **TRAIN | parts); dit.settings |= dict(steps=2)
+@pytest.mark.parametrize("objective", ["flow", "noise"])
+def test_on_a_gpu_in_bf16_and_compiled(data, parts, tmp_path, objective):
+    dit, h = train_dit(data, rows(data), tmp_path/"g", precision="bf16", compile=True, **TRAIN | parts | dict(objective=objective)); dit.settings |= dict(steps=2, precision="bf16")
     assert np.isfinite(h.log.loss).all() and dit.sample([Condition(text="left")], torch_rng(0, "x")).device.type == "cuda"
+    control, h = train_control(data, rows(data), tmp_path/"c", base=tmp_path/"g", blocks=1, steps=2, batch_size=8, lr=1e-3, ema=.9, seed=0, precision="bf16", compile=True, **QUICK); control.settings |= dict(steps=2, precision="bf16")
+    assert np.isfinite(h.log.loss).all() and control.sample([Condition(boxes=(Box("Mass", .1, .1, .6, .6),))], torch_rng(0, "x")).device.type == "cuda"
 
 
 def test_a_control_has_the_shape_of_its_base():

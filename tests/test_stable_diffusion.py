@@ -15,7 +15,7 @@ from cxr_nb.data.phantom import open_dataset
 from cxr_nb.data.sources import as_annotations, as_manifest
 from cxr_nb.generators.conditions import Box, Condition, sample_set
 from cxr_nb.generators.latents import small_autoencoder
-from cxr_nb.generators.stable_diffusion import StableDiffusion, add_lora, base_key, finetune, load_diffusion, load_pipeline, prompt_of, prompts_of, tiny_pipeline
+from cxr_nb.generators.stable_diffusion import StableDiffusion, add_lora, base_key, finetune, load_diffusion, load_pipeline, prompt_of, prompt_tokenizer, prompts_of, tiny_pipeline
 from cxr_nb.measures.text import train_tokenizer
 from cxr_nb.train import Callback
 from small import Cut, Stop, rows, same
@@ -48,6 +48,13 @@ class Watch(Callback):
 
 def edited(tiny, to, part, **changes):
     shutil.copytree(tiny, to); f = to/part; j = json.loads(f.read_text()); f.write_text(json.dumps(j | changes)); return to
+
+
+
+def test_the_tokenizer_of_prompts_is_the_same_for_the_same_texts_and_spells_what_it_has_not_met():
+    a, b = (prompt_tokenizer(WORDS, 300) for _ in range(2)); assert a.get_vocab() == b.get_vocab() and len(a) <= 300
+    ids = a("quartz 93%").input_ids; assert a.decode(ids, skip_special_tokens=True).strip() == "quartz 9 3 %" and len(ids) > 4
+    assert len(a(WORDS[0]).input_ids) < len(WORDS[0]) and prompt_tokenizer(WORDS[:1], 300).get_vocab() != a.get_vocab()
 
 
 def test_pipelines_of_both_versions_and_with_another_sampler_train_and_draw(data, tiny, tmp_path):

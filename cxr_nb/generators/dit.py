@@ -6,7 +6,7 @@
 __all__ = ['OBJECTIVES', 'transformer', 'DiT', 'Frozen', 'Control', 'words_of', 'ConditionedLatents', 'picture',
            'encode_drawings', 'drawings_of', 'train_dit', 'train_control', 'save_dit', 'load_dit']
 
-# %% ../../nbs/37_dit.ipynb #164e9865
+# %% ../../nbs/37_dit.ipynb #8566f6f8
 import json
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -32,7 +32,7 @@ from .flow import PATHS, draw_times, solve
 from .latents import Autoencoder, latents_of, load_autoencoder
 from ..measures.classifier import rise_and_fall
 from ..measures.text import TextEncoder, caption, embed, findings_text, pooled, text_encoder
-from ..train import History, evaluating, fit, load_weights, weights_key
+from ..train import PRECISIONS, History, evaluating, fit, load_weights, weights_key
 from ..train import processes as of_this_run
 
 # %% ../../nbs/37_dit.ipynb #b6e2028c
@@ -57,7 +57,7 @@ def transformer(
     for layer in (net.proj_out, *(b.attn2.to_out[0] for b in net.transformer_blocks)): nn.init.zeros_(layer.weight)
     return net
 
-# %% ../../nbs/37_dit.ipynb #bbc86c89
+# %% ../../nbs/37_dit.ipynb #8c4eb30b
 OBJECTIVES = ("flow", "noise")
 
 class DiT(nn.Module):
@@ -83,7 +83,7 @@ class DiT(nn.Module):
         self.places = nn.Sequential(nn.Linear(text_width, self.net.pos_embed.pos_embed.shape[1]*places), nn.Unflatten(1, (-1, places)), nn.Linear(places, self.net.inner_dim)) if places else None
         if places: nn.init.zeros_(self.places[2].weight); nn.init.zeros_(self.places[2].bias)
         self.schedule = DDIMScheduler(1000, 1e-4, .02, "linear", clip_sample=False, timestep_spacing="trailing")
-        self.settings = dict(steps=20 if objective == "flow" else 100, guidance=4., method="euler")   # of `sample`
+        self.settings = dict(steps=20 if objective == "flow" else 100, guidance=4., method="euler", precision="no")   # of `sample`; precision: "no" (float32), "bf16" or "fp16"
         self.frozen = None
 
     @property
@@ -204,7 +204,7 @@ class ConditionedLatents(Dataset):
         drawn, blank = self.drawings; kind = torch.multinomial(torch.tensor([.45, .45, .1]), len(at), True).numpy()
         return batch | dict(drawing=torch.from_numpy(np.where((kind < 2)[:, None, None, None], drawn[kind.clip(max=1), at], blank).astype(np.float32)))
 
-# %% ../../nbs/37_dit.ipynb #a60a4b98
+# %% ../../nbs/37_dit.ipynb #78c9d175
 @patch
 @torch.no_grad()
 def sample(self: DiT, conditions: list[Condition], rng: torch.Generator) -> Tensor:  # [n 1 h w] in [-1, 1]
@@ -218,7 +218,8 @@ def sample(self: DiT, conditions: list[Condition], rng: torch.Generator) -> Tens
     states[silent, 0] = self.nothing[0].to(states); mask = torch.where(silent[:, None], torch.arange(mask.shape[1], device=device) == 0, mask)
     drawing = None
     if self.control is not None: drawing = encode_drawings([picture(c.boxes or (), c.mask, self.shape[1]*auto.factor) for c in conditions], auto)
-    with evaluating(self): return auto.decode(self.draw(noise, states, mask, drawing, **self.settings)).float().clamp(-1, 1)
+    settings = dict(self.settings); dtype = PRECISIONS[settings.pop("precision", "no")]
+    with evaluating(self), torch.autocast(device.type, dtype, enabled=dtype is not None): return auto.decode(self.draw(noise, states, mask, drawing, **settings)).float().clamp(-1, 1)
 
 # %% ../../nbs/37_dit.ipynb #8768cea5
 def picture(
@@ -251,7 +252,7 @@ def drawings_of(data: RadiographSet, rows: np.ndarray, auto: Autoencoder, batch_
             part = ours[i:i + batch_size]; made[k, part] = encoded([picture((), asked[j].mask, data.size) if k else picture(asked[j].boxes, None, data.size) for j in part])
     return made, blank
 
-# %% ../../nbs/37_dit.ipynb #852e12aa
+# %% ../../nbs/37_dit.ipynb #8a5dcc7b
 def train_dit(
     data: RadiographSet,   # the training set
     rows: np.ndarray,      # positions of its training images
@@ -266,8 +267,8 @@ def train_dit(
     lr: float,             # of AdamW, at its highest
     ema: float,            # decay, a step, of the averaged weights
     seed: int,             # of weights, batches and noise
-    compile: bool = False, # whether torch.compile makes the network faster
-    sampling: dict = {},   # steps, guidance and method with which the model is to draw, where not the defaults
+    compile: bool = False, # whether torch.compile makes the network faster, in sampling too
+    sampling: dict = {},   # steps, guidance, method and precision with which the model is to draw, where not the defaults
     callbacks: Sequence = (),
     **options,             # passed to `fit`
 ) -> tuple[DiT, History]:  # the averaged model, attached to its frozen networks
@@ -279,10 +280,11 @@ def train_dit(
     history = fit(dit, examples, out=Path(out), steps=steps, batch_size=batch_size, seed=seed, optimizers=_adamw(lr), schedule=rise_and_fall(steps, .05), ema=ema, clip=1.,
                   config=dict(autoencoder=auto.key, encoder=texts.key, objective=objective, network=network, data=data.sha256), callbacks=callbacks, **options)
     dit = history.ema.attach(auto, texts); dit.settings |= sampling
+    if compile: dit.compile()
     if of_this_run().is_main_process: save_dit(dit, out, autoencoder, encoder, network)
     return dit, history
 
-# %% ../../nbs/37_dit.ipynb #240feaf0
+# %% ../../nbs/37_dit.ipynb #ade6b1ea
 def _adamw(lr): return lambda m: torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr, weight_decay=.01)
 
 def train_control(
@@ -303,7 +305,9 @@ def train_control(
     if compile: model.compile()
     history = fit(model, examples, out=Path(out), steps=steps, batch_size=batch_size, seed=seed, optimizers=_adamw(lr), schedule=rise_and_fall(steps, .05),
                   ema=ema, clip=1., config=dict(blocks=blocks, base=key, data=data.sha256), **options)
-    model = history.ema.attach(auto, texts); told = json.loads((Path(base)/"dit.json").read_text())
+    model = history.ema.attach(auto, texts)
+    if compile: model.compile()
+    told = json.loads((Path(base)/"dit.json").read_text())
     if of_this_run().is_main_process: save_dit(model, out, *(told[k] for k in ("autoencoder", "encoder", "network")))
     return model, history
 
