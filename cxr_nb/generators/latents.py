@@ -90,7 +90,7 @@ def load_autoencoder(
         if hub and isinstance(e, OSError): raise OSError(f"{spec}: the autoencoder cannot be had from the hub ({type(e).__name__}): download the folder `vae` of that model where there is a network and give its path") from e
         raise ValueError(f"{folder or spec} cannot be read as an AutoencoderKL ({type(e).__name__}: {' '.join(str(e).split())[:200]}): download or train it again") from e
 
-# %% ../../nbs/35_latents.ipynb #2f7e06bb
+# %% ../../nbs/35_latents.ipynb #a7ec565f
 class AutoencoderTraining(nn.Module):
     "What `fit` trains."
     def __init__(self, auto: Autoencoder, kl: float, spectral: float):
@@ -125,6 +125,7 @@ def train_autoencoder(
                   schedule=lambda s: .5 + .5*float(np.cos(np.pi*s/steps)), config=dict(channels=channels, latent=latent, kl=kl, spectral=spectral, data=data.sha256), **options)
     return set_scale(history.model.auto.eval(), data, rows), history
 
+# %% ../../nbs/35_latents.ipynb #e6a2a392
 def quick_autoencoder(data: RadiographSet, rows: np.ndarray, out: str | Path, seed: int, steps: int = 200) -> str:  # spec of `load_autoencoder`
     "Trains an autoencoder of some seconds into a folder, enough to see that what reads latents fits together."
     auto, _ = train_autoencoder(data, rows, Path(out)/"fit", channels=[8, 16, 32], latent=4, kl=1e-6, spectral=.01, steps=steps, batch_size=16, lr=4e-3, seed=seed)
