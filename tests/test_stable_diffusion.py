@@ -197,7 +197,9 @@ def test_a_killed_sampling_is_taken_up_and_a_set_is_not_overwritten(data, tiny, 
     m.sample = cut
     with pytest.raises(Stop): sample_set(m, asked, tmp_path/"b", data.findings, "sd", 0, batch_size=2)
     made = sample_set(m, asked, tmp_path/"b", data.findings, "sd", 0, batch_size=2); assert calls == [2, 2, 2, 1] and np.array_equal(made.images, whole.images)
-    with pytest.raises(FileExistsError): sample_set(m, asked, tmp_path/"b", data.findings, "sd", 0)
+    assert sample_set(m, asked, tmp_path/"b", data.findings, "sd", 0, batch_size=2).sha256 == made.sha256 and len(calls) == 4    # made before: opened
+    m.settings["steps"] = 2
+    with pytest.raises(FileExistsError, match="settings"): sample_set(m, asked, tmp_path/"b", data.findings, "sd", 0, batch_size=2)
 
 
 def test_compiled_it_learns_the_same(tiny):

@@ -7,7 +7,7 @@ __all__ = ['FAMILY', 'Box', 'Condition', 'conditions_of', 'findings_matrix', 'Ge
            'restrict', 'askable', 'RealCopies', 'MeanImage', 'requests', 'write_samples', 'sample_set', 'train_on',
            'draw_samples', 'some_patients', 'data_key', 'report_model']
 
-# %% ../../nbs/30_conditions.ipynb #c8a73544
+# %% ../../nbs/30_conditions.ipynb #64bfd078
 import hashlib, importlib, json, shutil, time
 from collections.abc import Collection
 from dataclasses import dataclass, field, fields, replace
@@ -17,16 +17,16 @@ from typing import Protocol
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..core import Run, atomic, rng, to_uint8, to_unit, torch_rng
-from ..data.images import RadiographSet, check_free, preprocess, write_set
+from ..data.images import RadiographSet, check_free, open_set, preprocess, write_set
 from ..data.phantom import open_dataset
 from ..data.sources import as_annotations, as_manifest
 from ..measures.collapse import Reference, guard
 from ..measures.diagnosis import Estimate
-from ..train import History
+from ..train import History, weights_key
 
 # %% ../../nbs/30_conditions.ipynb #e9e89b5a
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ def write_samples(
     if masks is not None and masks.shape[1] != images.shape[1]: masks = np.stack([preprocess(255*m, images.shape[1]) > 127 for m in masks]).astype(np.uint8)
     return write_set(path, images, manifest, annotations, masks, made_by=dict(generator=name, seed=seed, n=len(images), asked=sorted(set().union(*(c.asked for c in conditions)))) | made_by)
 
-# %% ../../nbs/30_conditions.ipynb #1f0e34b2
+# %% ../../nbs/30_conditions.ipynb #45848f18
 def sample_set(
     generator: Generator,         # any family
     conditions: list[Condition],  # one an image
@@ -216,21 +216,27 @@ def sample_set(
     name: str,                    # of the generator, for the manifest
     seed: int,                    # seed of the sampling
     batch_size: int = 32,         # images at a time; each batch has a random stream of its own
-    **also,                       # of `write_samples`
+    **also,                       # of `write_samples`; a model's weights and settings are told by themselves
 ) -> RadiographSet:
-    """Samples one image for each condition and writes them as a set; batches that a killed call has left beside it are taken up.
-    Raises `ValueError` as `check_conditions` does, before anything is sampled, and where the batches beside it are of another sampling; `FileExistsError` where a set is there."""
+    """Samples one image for each condition and writes them as a set; batches that a killed call has left beside it are taken up, and a set that the same call has made is opened.
+    Raises `ValueError` as `check_conditions` does, before anything is sampled, and where the batches beside it are of another sampling; `FileExistsError` where another set is there."""
     check_conditions(conditions, generator)
-    check_free(path)
+    if isinstance(generator, nn.Module): also["weights"] = weights_key(generator)
+    if hasattr(generator, "settings"): also["sampling"] = generator.settings
     told = [name, seed, batch_size, {k: v for k, v in also.items() if k != "source"}, [[getattr(c, f.name) if f.name != "mask" or c.mask is None else c.mask.tobytes() for f in fields(c)] for c in conditions]]
     parts, key = Path(path).with_name(f".{Path(path).name}.parts"), hashlib.sha256(repr(told).encode()).hexdigest()
+    if (Path(path)/"set.json").exists():
+        made = open_set(path)
+        if made.info["made_by"].get("request") != key: raise FileExistsError(f"{path} holds a set of other weights, requests or settings: open it, give another folder, or delete that one")
+        return made
+    check_free(path)
     if (parts/"key").exists() and (parts/"key").read_text() != key: raise ValueError(f"{parts} holds the first batches of another sampling: finish that with its own arguments, or delete the folder")
     with atomic(parts/"key") as tmp: tmp.write_text(key)
     for i in tqdm(range(0, len(conditions), batch_size), desc=f"sampling {name}"):
         if (parts/f"{i:08d}.npy").exists(): continue
         images = to_uint8(generator.sample(conditions[i:i + batch_size], torch_rng(seed, "sample", i)))[:, 0]
         with atomic(parts/f"{i:08d}.npy") as tmp: np.save(tmp, images)
-    made = write_samples(path, np.concatenate([np.load(parts/f"{i:08d}.npy") for i in range(0, len(conditions), batch_size)]), conditions, findings, name, seed, batch_size=batch_size, **also)
+    made = write_samples(path, np.concatenate([np.load(parts/f"{i:08d}.npy") for i in range(0, len(conditions), batch_size)]), conditions, findings, name, seed, batch_size=batch_size, request=key, **also)
     shutil.rmtree(parts)
     return made
 
