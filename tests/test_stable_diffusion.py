@@ -38,7 +38,7 @@ def tiny(tmp_path_factory):
     return there
 
 
-def draw(m, n=2, **c): m.settings = dict(steps=2, guidance=2.); return m.sample([Condition(**c or dict(findings={"No_Finding": 1.}))]*n, torch_rng(0, "x"))
+def draw(m, n=2, precision="no", **c): m.settings = dict(steps=2, guidance=2., precision=precision); return m.sample([Condition(**c or dict(findings={"No_Finding": 1.}))]*n, torch_rng(0, "x"))
 class Watch(Callback):
     def __init__(self): self.seen = []
     def after_step(self, s): self.seen.append(tuple(torch.cat([p.detach().flatten() for p in net.parameters()]).clone() for net in (s.model.text, s.model.unet)))
@@ -182,7 +182,9 @@ def test_saving_memory_learns_the_same(data, tiny, tmp_path):
 
 
 def test_bf16_trains_and_half_weights_draw(data, tiny, tmp_path):
-    _, h = finetune(data, rows(data), tmp_path/"a", pipeline=str(tiny), precision="bf16", **TUNE); assert np.isfinite(h.log["unet/error"].dropna()).all()
+    m, h = finetune(data, rows(data), tmp_path/"a", pipeline=str(tiny), precision="bf16", **TUNE); assert np.isfinite(h.log["unet/error"].dropna()).all()
+    wide, narrow = draw(m), draw(m, precision="bf16")
+    assert wide.dtype == narrow.dtype == torch.float32 and 0 < (wide - narrow).abs().max() and (wide - narrow).abs().mean() < .05
     assert draw(StableDiffusion(load_pipeline(str(tiny), torch.bfloat16), 32, "report").eval(), text=ROENTGEN).isfinite().all()
 
 

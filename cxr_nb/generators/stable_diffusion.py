@@ -6,7 +6,7 @@
 __all__ = ['prompt_of', 'prompts_of', 'load_pipeline', 'prompt_tokenizer', 'tiny_pipeline', 'StableDiffusion', 'add_lora',
            'save_diffusion', 'base_key', 'load_diffusion', 'PromptedLatents', 'KeepModels', 'finetune']
 
-# %% ../../nbs/38_stable_diffusion.ipynb #d8901b73
+# %% ../../nbs/38_stable_diffusion.ipynb #11f62618
 import hashlib, json, shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ from .dit import Frozen
 from .latents import Autoencoder, latents_of, load_autoencoder
 from ..measures.classifier import rise_and_fall
 from ..measures.text import findings_text
-from ..train import Callback, History, State, evaluating, fit, weights_key
+from ..train import PRECISIONS, Callback, History, State, evaluating, fit, weights_key
 from ..train import processes as of_this_run
 
 # %% ../../nbs/38_stable_diffusion.ipynb #74c65309
@@ -140,7 +140,7 @@ def tiny_pipeline(
     schedule = DDIMScheduler(1000, .00085, .012, "scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1, timestep_spacing="trailing", prediction_type=prediction)
     return _silent(StableDiffusionPipeline(auto.kl, text.eval(), tokenizer, unet.eval(), schedule, None, None, requires_safety_checker=False))
 
-# %% ../../nbs/38_stable_diffusion.ipynb #3720a95e
+# %% ../../nbs/38_stable_diffusion.ipynb #08b15fef
 class StableDiffusion(nn.Module):
     "A pipeline that is asked for radiographs in one style of prompts. `settings` holds steps and guidance of the sampling."
     def __init__(self,
@@ -157,7 +157,7 @@ class StableDiffusion(nn.Module):
         if size % 8: raise ValueError(f"size {size}: the pipeline takes multiples of 8")
         self.unet, self.text, self.frozen = pipe.unet, pipe.text_encoder, Frozen(Autoencoder(pipe.vae), pipe.tokenizer, pipe.scheduler)
         self.size, self.style, self.findings, self.seen, self.drop = size, style, list(findings), {f: set(v) for f, v in seen.items()}, drop
-        self.shape, self.text_steps, self.settings = Autoencoder(pipe.vae).shape(size), 0, dict(steps=60, guidance=7.5)
+        self.shape, self.text_steps, self.settings = Autoencoder(pipe.vae).shape(size), 0, dict(steps=60, guidance=7.5, precision="no")
         self.schedule = DDPMScheduler.from_config(pipe.scheduler.config)
         self.register_buffer("empty", torch.tensor(self.ids([""])[0]), persistent=False)
 
@@ -182,7 +182,7 @@ class StableDiffusion(nn.Module):
         auto, tokenizer, scheduler = self.frozen
         return _silent(StableDiffusionPipeline(auto.kl, self.text, tokenizer, self.unet, type(scheduler).from_config(scheduler.config), None, None, requires_safety_checker=False))
 
-# %% ../../nbs/38_stable_diffusion.ipynb #526c93bf
+# %% ../../nbs/38_stable_diffusion.ipynb #47890f90
 @patch
 def phases(self: StableDiffusion, step: int) -> list[str]:
     "First the text encoder, then the U-Net."
@@ -199,10 +199,9 @@ def losses(self: StableDiffusion, batch: dict[str, Tensor], step: int = 0, phase
 @patch
 @torch.no_grad()
 def sample(self: StableDiffusion, conditions: list[Condition], rng: torch.Generator) -> Tensor:  # [n 1 h w] in [-1, 1]
-    "An image for each condition, by the steps and guidance in `settings`. Raises `ValueError` as `check_conditions` does."
-    check_conditions(conditions, self)
-    with evaluating(self):
-        auto = self.frozen[0].to(self.unet.device)
+    "An image for each condition, by the steps, guidance and precision in `settings`. Raises `ValueError` as `check_conditions` does."
+    check_conditions(conditions, self); auto, dtype = self.frozen[0].to(self.unet.device), PRECISIONS[self.settings.get("precision", "no")]
+    with evaluating(self), torch.autocast(self.unet.device.type, dtype, enabled=dtype is not None):
         z = self.pipeline()([prompt_of(c, self.style) for c in conditions], height=self.size, width=self.size, num_inference_steps=self.settings["steps"], guidance_scale=self.settings["guidance"], generator=rng, output_type="latent").images
         return auto.decode(z).float().clamp(-1, 1)
 
@@ -262,7 +261,7 @@ class KeepModels(Callback):
     def after_step(self, s: State) -> None:
         if s.step + 1 in self.steps and s.main: save_diffusion(s.module, s.out/"kept"/f"{s.step + 1:06d}", self.base)
 
-# %% ../../nbs/38_stable_diffusion.ipynb #aeef059e
+# %% ../../nbs/38_stable_diffusion.ipynb #97bbc107
 def finetune(
     data: RadiographSet,   # the training set
     rows: np.ndarray,      # positions of its training images
@@ -281,7 +280,7 @@ def finetune(
     checkpoints: int = 1,  # models that are kept, at equal distances; the last is the model at the end
     compile: bool = False, # whether torch.compile makes the U-Net faster
     save_memory: bool = False,  # whether activations are computed twice instead of being kept
-    sampling: dict = {},   # steps and guidance with which the model is to draw
+    sampling: dict = {},   # steps, guidance and precision with which the model is to draw
     **options,             # passed to `fit`
 ) -> tuple[StableDiffusion, History]:
     "Fine-tunes a pipeline on images and their prompts, all weights or LoRA; goes on from the last checkpoint in `out`. Raises `ValueError` as `prompts_of` does."
