@@ -1,5 +1,6 @@
 "What the cells of 12_images do not show: every bad input, every transfer syntax, privacy, a build killed at random moments, and real radiographs."
 import io, os, struct, subprocess, sys, zlib
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -14,6 +15,7 @@ from pydicom.uid import HTJ2KLossless, JPEG2000Lossless, JPEGLSLossless, RLELoss
 
 from cxr_nb.core import repo_root, rng, sha256, write_json as original_json
 from cxr_nb.data.images import box_in_set, build_set, open_set, preprocess, read_image, write_set
+from cxr_nb.generators.conditions import conditions_of, write_samples
 from cxr_nb.data.sources import BOX, Release, as_annotations, as_manifest, encode_rle
 
 NIH = repo_root().parent/"shared"/"data"
@@ -348,7 +350,10 @@ def test_a_box_is_cut_at_the_crop_and_follows_each_image(tmp_path):
     for k, shape in enumerate([(64, 128), (128, 64), (64, 64)]): Image.fromarray(np.full(shape, 99, np.uint8)).save(tmp_path/f"{k}.png")
     r = release(tmp_path, ["0.png", "1.png", "2.png"])
     r.annotations = as_annotations(pd.DataFrame(dict(image_id=["i0", "i1", "i2", "i0"], finding="Mass", x0=[.0, .5, .5, .0], y0=[.5, .0, .5, .0], x1=[.5, 1, 1, .2], y1=[1, .5, 1, 1.])))
-    boxes = build_set(r, tmp_path/"set", 32).boxes()
+    data = build_set(r, tmp_path/"set", 32); boxes = data.boxes()
+    asked = conditions_of(data, np.arange(3), ("boxes",)); asked[1] = replace(asked[1], parent=None)      # two of a parent's, one by hand
+    made = write_samples(tmp_path/"made", data.images, asked, data.findings, "echo", 0, source=data)
+    assert made.boxes()[BOX].to_numpy().tolist() == boxes[BOX].to_numpy().tolist()                        # asked for where they were seen
     assert boxes.row.tolist() == [0, 1, 2] and boxes[BOX].to_numpy().tolist() == [[0, 16, 16, 32], [16, 0, 32, 16], [16, 16, 32, 32]]   # the fourth lies in what was cut away
 
 def test_run_length_masks_are_resized_and_cut_as_their_images_and_renumbered(tmp_path):

@@ -42,7 +42,7 @@ def parts(tmp_path_factory):
 def test_a_damaged_cache_of_latents_or_texts_is_named(data, parts, tmp_path, monkeypatch):
     monkeypatch.setenv("CXR_NB_CACHE", str(tmp_path)); auto, words = load_autoencoder(parts["autoencoder"]), text_encoder(parts["encoder"])
     for folder, make in (("latents", lambda: latents_of(data, auto)), ("texts", lambda: embed(["left", "right effusion"], words))):
-        first = make(); file = next(f for f in (tmp_path/folder).glob("*.npy") if ".start" not in f.name)
+        first = make(); file = next(f for f in (tmp_path/folder).iterdir() if f.suffix in (".npy", ".f16") and ".start" not in f.name)
         del first; file.write_bytes(b"no array")
         with pytest.raises(ValueError, match=f"{file.name} is damaged .* delete it"): make()
         file.unlink(); make()
@@ -145,6 +145,21 @@ def test_a_control_keeps_the_base_and_is_resumed_exactly(data, parts, tmp_path):
 def test_a_control_for_images_of_another_size_is_refused(data, parts, tmp_path):
     train_dit(data, rows(data), tmp_path/"base", **TRAIN | parts); small = open_dataset(str(data.path), 16)
     with pytest.raises(ValueError, match="16 px.*open the set at 32 px"): train_control(small, rows(small), tmp_path/"c", base=tmp_path/"base", blocks=1, steps=2, batch_size=8, lr=1e-3, ema=.9, seed=0, **QUICK)
+
+
+def test_a_second_stage_begins_with_the_weights_of_the_first_on_larger_images(data, parts, tmp_path):
+    where = dict(autoencoder=parts["autoencoder"], encoder=parts["encoder"], batch_size=4, seed=0, ema=.5, progress=False)
+    first, _ = train_dit(data, rows(data), tmp_path/"first", objective="flow", network=NET | dict(places=0), steps=3, lr=1e-3, **where)
+    larger = open_dataset("phantom", 64, n=12, seed=5)
+    second, _ = train_dit(larger, rows(larger), tmp_path/"second", objective="flow", network=NET | dict(places=0), steps=1, lr=0., start=tmp_path/"first", **where)   # a rate of zero: the start is kept
+    assert second.shape[1] == 2*first.shape[1] and same(first, second) and second.sample([Condition(text="left")], torch_rng(0, "x")).shape[-1] == 64
+    for changes, match in ((dict(objective="noise"), "another objective, flow"), (dict(network=NET | dict(places=4)), "cannot be begun with")):
+        with pytest.raises(ValueError, match=match): train_dit(larger, rows(larger), tmp_path/"no", **dict(objective="flow", network=NET | dict(places=0)) | changes, steps=1, lr=0., start=tmp_path/"first", **where)
+
+def test_what_no_training_image_tells_of_a_patient_cannot_be_asked_for(data, parts, tmp_path):
+    m, _ = train_dit(data, rows(data), tmp_path/"who", objective="flow", network=NET, steps=1, lr=1e-3, batch_size=4, seed=0, ema=.5, progress=False, autoencoder=parts["autoencoder"], encoder=parts["encoder"])
+    assert data.manifest.race.isna().all() and {"view", "sex", "age"} <= m.conditions and load_dit(tmp_path/"who").conditions == m.conditions
+    with pytest.raises(ValueError, match="race"): m.sample([Condition(race="Asian")], torch_rng(0, "x"))
 
 
 def test_the_same_texts_make_the_same_pieces():

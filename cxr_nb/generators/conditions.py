@@ -7,7 +7,7 @@ __all__ = ['FAMILY', 'Box', 'Condition', 'conditions_of', 'findings_matrix', 'Ge
            'restrict', 'askable', 'RealCopies', 'MeanImage', 'requests', 'write_samples', 'sample_set', 'train_on',
            'draw_samples', 'some_patients', 'data_key', 'report_model']
 
-# %% ../../nbs/30_conditions.ipynb #64bfd078
+# %% ../../nbs/30_conditions.ipynb #d9c5b2c5
 import hashlib, importlib, json, shutil, time
 from collections.abc import Collection
 from dataclasses import dataclass, field, fields, replace
@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..core import Run, atomic, rng, to_uint8, to_unit, torch_rng
-from ..data.images import RadiographSet, check_free, open_set, preprocess, write_set
+from ..data.images import RadiographSet, box_in_window, check_free, open_set, preprocess, write_set
 from ..data.phantom import open_dataset
-from ..data.sources import as_annotations, as_manifest
+from ..data.sources import BOX, as_annotations, as_manifest
 from ..measures.collapse import Reference, guard
 from ..measures.diagnosis import Estimate
 from ..train import History, weights_key
@@ -171,22 +171,31 @@ class MeanImage(RealCopies):
         check_conditions(conditions, self)
         return torch.stack([to_unit(torch.from_numpy(self.data.images[self._matches(c)])).mean(0, keepdim=True) for c in conditions])
 
-# %% ../../nbs/30_conditions.ipynb #0302c346
+# %% ../../nbs/30_conditions.ipynb #a5462478
 def requests(
     conditions: list[Condition],  # n conditions
     ids: list[str],               # image_id of what was made for each, [n]
-    source: RadiographSet,        # the set that their parents are in
-) -> tuple[pd.DataFrame, np.ndarray | None]:  # annotations (reader "asked"), and the masks that they number
-    "What was asked of images beyond their findings, from the annotations of their parents: side, site and severity where a text was, boxes and masks where those were."
-    notes = source.annotations[source.annotations.kind.eq("finding")] if len(source.annotations) else source.annotations
-    notes = {k: g for k, g in notes.groupby("image_id")}; rows, masks = [], []
+    size: int,                    # side of what was made, pixels
+    source: RadiographSet | None = None,  # the set that their parents are in
+) -> tuple[pd.DataFrame, np.ndarray | None]:  # annotations (reader "asked"), and the masks that they number, uint8 [m size size]
+    "What was asked of images beyond their findings: boxes and masks, finding by finding where they are the parent's; and the parent's side, site and severity where a text was asked for."
+    notes, theirs = _of_parents(conditions, source) if source is not None else ({}, {}); rows, masks = [], []
+    def add(image_id, mask=None, **row):
+        if mask is not None: row["mask"] = len(masks); masks.append(mask if len(mask) == size else (preprocess(255*mask, size) > 127).astype(np.uint8))
+        rows.append(dict(image_id=image_id, kind="finding", reader="asked") | row)
     for c, i in zip(conditions, ids):
-        for a in notes[c.parent].to_dict("records") if c.asked & {"text", "boxes", "mask"} and c.parent in notes else ():
-            keep = [k for field, own in (("text", ("side", "site", "severity")), ("boxes", ("x0", "y0", "x1", "y1"))) if field in c.asked for k in own]
-            row = dict(image_id=i, kind="finding", finding=a["finding"], value=a["value"], reader="asked") | {k: a[k] for k in keep}
-            if "mask" in c.asked and not pd.isna(a["mask"]): row["mask"] = len(masks); masks.append(source.masks[int(a["mask"])])
-            rows.append(row)
+        same = {f for f in c.asked & {"boxes", "mask"} if c.parent in theirs and np.array_equal(getattr(c, f), theirs[c.parent].get(f))}
+        for a in notes.get(c.parent, ()) if same | c.asked & {"text"} else ():
+            keep = [k for field, own in (("text", ("side", "site", "severity")), ("boxes", BOX)) if field in same | {"text"} & c.asked for k in own]
+            add(i, source.masks[int(a["mask"])] if "mask" in same and not pd.isna(a["mask"]) else None, finding=a["finding"], value=a["value"], **{k: a[k] for k in keep})
+        for b in c.boxes or () if "boxes" not in same else (): add(i, finding=b.finding, value=1., **{k: getattr(b, k) for k in BOX})
+        if c.mask is not None and "mask" not in same: add(i, c.mask, finding=", ".join(f for f, v in (c.findings or {}).items() if v) or "not named", value=1.)
     return as_annotations(pd.DataFrame(rows) if rows else None), np.stack(masks) if masks else None
+
+def _of_parents(conditions, source):
+    a = source.annotations; a = a[a.kind.eq("finding") & a.image_id.isin({c.parent for c in conditions})]
+    at = pd.Index(source.manifest.image_id).get_indexer(a.image_id); a = a.assign(**dict(zip(BOX, box_in_window(a[BOX].to_numpy(float), source.window[at], source.size).T/source.size)))
+    return {k: g.to_dict("records") for k, g in a.groupby("image_id")}, _drawings(source, a.image_id, ("boxes", "mask"))
 
 def write_samples(
     path: str | Path,             # folder of the new set
@@ -195,7 +204,7 @@ def write_samples(
     findings: list[str],          # finding columns of the new set
     name: str,                    # of the generator, for the manifest
     seed: int,                    # seed of the sampling
-    source: RadiographSet | None = None,  # where the conditions' parents are: what was said of them goes along, as far as it was asked for
+    source: RadiographSet | None = None,  # where the conditions' parents are: what was said of their findings goes along, as far as it was asked for
     **made_by,                    # what else `set.json` should say of the making, e.g. a hash of the weights
 ) -> RadiographSet:
     "Writes samples and what was asked for as a set. Raises `FileExistsError` where a set is there."
@@ -203,8 +212,7 @@ def write_samples(
     known = {f: [getattr(c, f) for c in conditions] for f in ("view", "sex", "age", "race", "text", "parent")}
     manifest = as_manifest(pd.DataFrame({"image_id": ids, "patient_id": ids} | known | dict(zip(findings, findings_matrix(conditions, findings).astype(float).T))),
                            source=name, origin="synthetic", split="train", generator=name, seed=seed, width=images.shape[2], height=images.shape[1])
-    annotations, masks = (None, None) if source is None else requests(conditions, ids, source)
-    if masks is not None and masks.shape[1] != images.shape[1]: masks = np.stack([preprocess(255*m, images.shape[1]) > 127 for m in masks]).astype(np.uint8)
+    annotations, masks = requests(conditions, ids, images.shape[1], source)
     return write_set(path, images, manifest, annotations, masks, made_by=dict(generator=name, seed=seed, n=len(images), asked=sorted(set().union(*(c.asked for c in conditions)))) | made_by)
 
 # %% ../../nbs/30_conditions.ipynb #45848f18

@@ -96,7 +96,7 @@ def text_encoder(
         raise ValueError(f"{source} cannot be read as {model.__name__} with its tokenizer ({type(e).__name__}: {' '.join(str(e).split())[:160]}): give the folder as it was downloaded") from e
     finally: transformers.logging.set_verbosity(level)
 
-# %% ../../nbs/28_text.ipynb #50598b10
+# %% ../../nbs/28_text.ipynb #161e0680
 @dataclass(frozen=True)
 class Embedded:
     "States of n texts."
@@ -114,21 +114,26 @@ class Embedded:
         return np.add.reduceat(self.states.astype(np.float32), self.start[:-1])[self.which]/np.diff(self.start)[self.which, None]
 
 def embed(texts: list[str], encoder: TextEncoder, batch_size: int = 64) -> Embedded:
-    "Encodes texts, or takes them from the cache; a second caller waits. Raises `ValueError` for no text and for a damaged cache."
+    "Encodes texts, or takes them from the cache; a second caller waits. Raises `ValueError` for no text, for states that half precision cannot hold, and for a damaged cache."
     if not len(texts): raise ValueError("there is no text to encode")
     which, different = pd.factorize(np.asarray(texts, object))
-    path = cache_dir()/"texts"/f"{hashlib.sha256(repr(list(different)).encode()).hexdigest()[:16]}-{encoder.key}.npy"; marks = path.with_suffix(".start.npy")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = cache_dir()/"texts"/f"{hashlib.sha256(repr(list(different)).encode()).hexdigest()[:16]}-{encoder.key}.f16"; marks = path.with_suffix(".start.npy")
+    order = np.argsort([len(t) for t in different], kind="stable"); path.parent.mkdir(parents=True, exist_ok=True)   # the order in which they lie in the file
     with FileLock(path.with_suffix(".lock")):
         if not path.exists():
-            order = np.argsort([len(t) for t in different], kind="stable"); made = [None]*len(different); encoder.to(default_device())
-            for i in tqdm(range(0, len(order), batch_size), desc=f"texts, {encoder.name}", disable=len(order) < 1000):
-                part = order[i:i + batch_size]; states, mask = (x.cpu().numpy() for x in encoder(list(different[part])))
-                for k, s, m in zip(part, states, mask): made[k] = s[m].astype(np.float16)
-            with atomic(marks) as tmp: np.save(tmp, np.cumsum([0, *map(len, made)]))
-            with atomic(path) as tmp: np.save(tmp, np.concatenate(made))
-    try: return Embedded(np.load(path, mmap_mode="r"), np.load(marks), which)
+            encoder.to(default_device()); lengths = [0]
+            with atomic(path) as tmp, open(tmp, "wb") as file, np.errstate(over="ignore"):
+                for i in tqdm(range(0, len(order), batch_size), desc=f"texts, {encoder.name}", disable=len(order) < 1000):
+                    states, mask = (x.cpu().numpy() for x in encoder(list(different[order[i:i + batch_size]])))
+                    kept = states[mask].astype(np.float16); lengths += mask.sum(1).tolist()
+                    if not np.isfinite(kept).all(): raise ValueError(f"{encoder.name} gives states that half precision cannot hold")
+                    file.write(kept.tobytes())
+                with atomic(marks) as starts: np.save(starts, np.cumsum(lengths))
+    try:
+        start = np.load(marks); states = np.memmap(path, np.float16, "r", shape=(path.stat().st_size//2//encoder.width, encoder.width))
+        if len(start) != len(order) + 1 or start[-1] != len(states): raise ValueError(f"{len(states)} states where {start[-1]} are written down")
     except (ValueError, EOFError, FileNotFoundError) as e: raise ValueError(f"{path} is damaged ({e}): delete it, and the texts are encoded again") from None
+    return Embedded(states, start, np.argsort(order)[which])
 
 # %% ../../nbs/28_text.ipynb #887dec38
 TERMS = {f: f.lower().replace("_", " ") for f in FINDINGS} | {"Effusion": "pleural effusion", "Edema": "pulmonary edema", "Fibrosis": "pulmonary fibrosis", "Mass": "lung mass", "Nodule": "lung nodule", "Hernia": "hiatal hernia"}
