@@ -200,6 +200,9 @@ def test_a_killed_sampling_is_taken_up_and_a_set_is_not_overwritten(data, tiny, 
     with pytest.raises(Stop): sample_set(m, asked, tmp_path/"b", data.findings, "sd", 0, batch_size=2)
     made = sample_set(m, asked, tmp_path/"b", data.findings, "sd", 0, batch_size=2); assert calls == [2, 2, 2, 1] and np.array_equal(made.images, whole.images)
     assert sample_set(m, asked, tmp_path/"b", data.findings, "sd", 0, batch_size=2).sha256 == made.sha256 and len(calls) == 4    # made before: opened
+    other = StableDiffusion(load_pipeline(str(tiny)), 32, "position", data.findings, m.seen).eval(); other.settings = dict(steps=2, guidance=1.)
+    again = sample_set(other, asked, tmp_path/"c", data.findings, "sd", 0, batch_size=2, settings=dict(steps=1))     # settings for this set only
+    assert np.array_equal(again.images, whole.images) and other.settings["steps"] == 2 and again.info["made_by"]["sampling"]["steps"] == 1
     m.settings["steps"] = 2
     with pytest.raises(FileExistsError, match="settings"): sample_set(m, asked, tmp_path/"b", data.findings, "sd", 0, batch_size=2)
 

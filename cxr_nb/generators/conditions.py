@@ -7,9 +7,10 @@ __all__ = ['FAMILY', 'Box', 'Condition', 'conditions_of', 'findings_matrix', 'Ge
            'restrict', 'askable', 'RealCopies', 'MeanImage', 'requests', 'write_samples', 'sample_set', 'train_on',
            'draw_samples', 'some_patients', 'data_key', 'report_model']
 
-# %% ../../nbs/30_conditions.ipynb #d9c5b2c5
+# %% ../../nbs/30_conditions.ipynb #11094327
 import hashlib, importlib, json, shutil, time
 from collections.abc import Collection
+from copy import copy
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Protocol
@@ -215,7 +216,7 @@ def write_samples(
     annotations, masks = requests(conditions, ids, images.shape[1], source)
     return write_set(path, images, manifest, annotations, masks, made_by=dict(generator=name, seed=seed, n=len(images), asked=sorted(set().union(*(c.asked for c in conditions)))) | made_by)
 
-# %% ../../nbs/30_conditions.ipynb #45848f18
+# %% ../../nbs/30_conditions.ipynb #b5dfc8d3
 def sample_set(
     generator: Generator,         # any family
     conditions: list[Condition],  # one an image
@@ -224,11 +225,14 @@ def sample_set(
     name: str,                    # of the generator, for the manifest
     seed: int,                    # seed of the sampling
     batch_size: int = 32,         # images at a time; each batch has a random stream of its own
+    settings: dict = {},          # of the drawing, where not the generator's own, e.g. steps and guidance
     **also,                       # of `write_samples`; a model's weights and settings are told by themselves
 ) -> RadiographSet:
     """Samples one image for each condition and writes them as a set; batches that a killed call has left beside it are taken up, and a set that the same call has made is opened.
-    Raises `ValueError` as `check_conditions` does, before anything is sampled, and where the batches beside it are of another sampling; `FileExistsError` where another set is there."""
+    Raises `ValueError` as `check_conditions` does and for an unknown setting, before anything is sampled, and where the batches beside it are of another sampling; `FileExistsError` where another set is there."""
     check_conditions(conditions, generator)
+    if unknown := sorted(set(settings) - set(getattr(generator, "settings", {}))): raise ValueError(f"{type(generator).__name__} has no setting {', '.join(unknown)}; it has {', '.join(getattr(generator, 'settings', {})) or 'none'}")
+    if settings: generator = copy(generator); generator.settings = generator.settings | settings
     if isinstance(generator, nn.Module): also["weights"] = weights_key(generator)
     if hasattr(generator, "settings"): also["sampling"] = generator.settings
     told = [name, seed, batch_size, {k: v for k, v in also.items() if k != "source"}, [[getattr(c, f.name) if f.name != "mask" or c.mask is None else c.mask.tobytes() for f in fields(c)] for c in conditions]]
