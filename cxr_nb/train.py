@@ -380,7 +380,7 @@ def processes() -> PartialState:  # its `process_index`, `num_processes`, `devic
         raise RuntimeError(f"this process was started as one of {os.environ['WORLD_SIZE']}, but sees {p.num_processes}: start the training from a fresh kernel")
     return p
 
-# %% ../nbs/01_train.ipynb #c77b8922
+# %% ../nbs/01_train.ipynb #857434c4
 @dataclass
 class History:
     "What a fit leaves. Model and average are in evaluation mode."
@@ -412,6 +412,7 @@ def _state(model, batches, out, steps, per_epoch, optimizers, ema, clip, precisi
     groups = {k: [{a: v for a, v in g.items() if a not in ("params", "initial_lr")} | {"weights": len(g["params"])} for g in o.param_groups] for k, o in optimizers.items()}
     settings = dict(model=type(model).__qualname__, images=len(batches.data), batch_size=batches.size, epoch_steps=per_epoch, seed=batches.seed,
                     ema=ema, clip=clip, precision=precision, optimizers=groups, config=config or {})
+    if schedule is not None: settings["schedule"] = [float(schedule(k)) for k in (0, 1, 10, 100, 1000) if k < steps]   # one that is stretched to more steps is another
     for g in (g for o in optimizers.values() for g in o.param_groups): g.setdefault("initial_lr", g["lr"])
     return State(model, optimizers, Path(out), steps, per_epoch, device, settings=json.loads(json.dumps(settings, default=str)),
                  ema=None if ema is None else AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema)), scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"),

@@ -178,6 +178,12 @@ def test_parts_that_have_moved_are_named_and_can_be_given_anew(data, parts, tmp_
     file.write_text(json.dumps(json.loads(file.read_text()) | dict(autoencoder=str(tmp_path/"gone"))))
     with pytest.raises(FileNotFoundError, match="gone holds no autoencoder"): load_dit(tmp_path/"m")
     load_dit(tmp_path/"m", autoencoder=parts["autoencoder"])
+    with seeded(1, "other"): small_autoencoder([4, 8, 8], image_channels=3).kl.save_pretrained(tmp_path/"other"/"vae")
+    with pytest.raises(ValueError, match="trained with an autoencoder other than what .*other holds: give that as `autoencoder`"): load_dit(tmp_path/"m", autoencoder=str(tmp_path/"other"))
+    dit = load_dit(tmp_path/"m", autoencoder=parts["autoencoder"]); before = dit.key
+    sample_set(dit, [Condition(text="left")], tmp_path/"set", data.findings, "dit", 0, settings=dict(steps=1)); dit.attach(load_autoencoder(str(tmp_path/"other")), dit.frozen[1])
+    assert dit.key != before
+    with pytest.raises(FileExistsError, match="other weights"): sample_set(dit, [Condition(text="left")], tmp_path/"set", data.findings, "dit", 0, settings=dict(steps=1))   # what decodes is another
 
 
 def test_labels_that_no_training_image_has_cannot_be_asked_for(data, parts, tmp_path):

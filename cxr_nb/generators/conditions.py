@@ -216,7 +216,7 @@ def write_samples(
     annotations, masks = requests(conditions, ids, images.shape[1], source)
     return write_set(path, images, manifest, annotations, masks, made_by=dict(generator=name, seed=seed, n=len(images), asked=sorted(set().union(*(c.asked for c in conditions)))) | made_by)
 
-# %% ../../nbs/30_conditions.ipynb #b5dfc8d3
+# %% ../../nbs/30_conditions.ipynb #b048f4b9
 def sample_set(
     generator: Generator,         # any family
     conditions: list[Condition],  # one an image
@@ -233,9 +233,9 @@ def sample_set(
     check_conditions(conditions, generator)
     if unknown := sorted(set(settings) - set(getattr(generator, "settings", {}))): raise ValueError(f"{type(generator).__name__} has no setting {', '.join(unknown)}; it has {', '.join(getattr(generator, 'settings', {})) or 'none'}")
     if settings: generator = copy(generator); generator.settings = generator.settings | settings
-    if isinstance(generator, nn.Module): also["weights"] = weights_key(generator)
+    if isinstance(generator, nn.Module): also["weights"] = getattr(generator, "key", None) or weights_key(generator)
     if hasattr(generator, "settings"): also["sampling"] = generator.settings
-    told = [name, seed, batch_size, {k: v for k, v in also.items() if k != "source"}, [[getattr(c, f.name) if f.name != "mask" or c.mask is None else c.mask.tobytes() for f in fields(c)] for c in conditions]]
+    told = [name, seed, batch_size, findings, {k: v for k, v in also.items() if k != "source"}, [[getattr(c, f.name) if f.name != "mask" or c.mask is None else c.mask.tobytes() for f in fields(c)] for c in conditions]]
     parts, key = Path(path).with_name(f".{Path(path).name}.parts"), hashlib.sha256(repr(told).encode()).hexdigest()
     if (Path(path)/"set.json").exists():
         made = open_set(path)
@@ -259,7 +259,7 @@ def train_on(config: dict) -> None:  # train: "module:function"; dataset, size, 
     data = open_dataset(config["dataset"], config["size"])
     getattr(importlib.import_module(module), function)(data, data.select(data.manifest.split == "train"), config["out"], **config["settings"])
 
-# %% ../../nbs/30_conditions.ipynb #e1558a7f
+# %% ../../nbs/30_conditions.ipynb #98ee7048
 def draw_samples(
     generator: Generator,
     conditions: list[Condition],  # one an image
@@ -276,20 +276,21 @@ def some_patients(
     data: RadiographSet,
     rows: np.ndarray,          # positions in it, [n]
     most: int,                 # images that are wanted
-    rng: np.random.Generator,  # of the choice of patients
-) -> tuple[np.ndarray, np.ndarray]:  # positions of at most that many images, of at most half of the patients; and all images of the other patients
-    "Images to be asked for, and those of other patients against whom the answers are measured. Raises `ValueError` where the others are fewer than four."
-    people = data.manifest.patient_id.to_numpy()[rows]; order = rng.permutation(pd.unique(people)); count = pd.Series(people).value_counts()
-    first = order[:max(1, min(len(order)//2, int((count[order].cumsum() < most).sum()) + 1))]
-    mine, others = (np.asarray(rows)[k] for k in (np.isin(people, first), ~np.isin(people, first)))
+    rng: np.random.Generator,  # of the choice
+    against: int = 5000,       # images at most of the other patients
+) -> tuple[np.ndarray, np.ndarray]:  # positions of at most `most` images, of at most half of the patients; and those of images of other patients
+    "Images to be asked for, of as many patients as may be, and those of other patients against whom the answers are measured. Raises `ValueError` where the others are fewer than four."
+    rows = rng.permutation(np.asarray(rows)); people = data.manifest.patient_id.to_numpy()[rows]; order = pd.unique(people)
+    first = np.isin(people, order[:max(1, min(len(order)//2, most))]); mine, others = rows[first], np.sort(rows[~first][:against])
+    mine = mine[np.argsort(pd.Series(people[first]).groupby(people[first]).cumcount().to_numpy(), kind="stable")]   # one image of each patient, then a second
     if len(others) < 4: raise ValueError(f"{data.path}: {len(rows)} images of {len(order)} patients are too few to ask for some and to measure against four of others: take more patients")
-    return rng.permutation(mine)[:most], others
+    return mine[:most], others
 
 def data_key(data: RadiographSet) -> str:
     "Eight digits of how a set was made, whatever the size to which it was averaged down."
     return hashlib.sha256(json.dumps({k: v for k, v in data.info["made_by"].items() if k != "resized"}, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
-# %% ../../nbs/30_conditions.ipynb #333fa3ba
+# %% ../../nbs/30_conditions.ipynb #0f53ef82
 FAMILY = ("model", "made_the_set", "size", "data", "parameters", "steps", "batch_size", "error", "error_lo", "error_hi", "active_units", "units",
           "samples", "different", "to_training", "to_lo", "to_hi", "spread", "spread_lo", "spread_hi", "note", "complaints")
 
@@ -302,7 +303,7 @@ def report_model(
     conditions: list[Condition],   # of the samples that are measured; what the model does not understand is left out
     seed: int,                     # of the samples
     *,
-    steps: int,                    # optimiser steps of the training
+    steps: int,                    # optimiser steps of the model
     batch_size: int,               # images a step
     made_the_set: bool = False,    # whether the run's set of samples is its
     error: Estimate | None = None, # reconstruction error on unseen patients as a share of the mean image's; None: it does not reconstruct
@@ -312,6 +313,7 @@ def report_model(
     components: float | None = None,     # of a mixture prior that images tell apart
     note: str = "",                      # what a reader of the table must know, e.g. what stands in for what
     history: History | None = None,      # what the training left, for its time
+    trained: int = 0,              # optimiser steps of that training, where it went on after this model; 0: it did not
 ) -> dict:                         # the columns of FAMILY
     "Draws and measures samples, writes the measures into the run and the samples as a set to `samples/NAME`, and gives the model's row."
     conditions = restrict(conditions, model.conditions)
@@ -327,6 +329,6 @@ def report_model(
     for what, e in (("distance to the nearest training image, over that of unseen radiographs", g["to_train"]), ("spread of samples, as a share of real images'", g["spread"])):
         run.metric(what, e.value, n=g["n"], interval=e.interval, how=e.how, group=name, headline="spread" in what)
     run.metric("parameters", parameters, n=1, group=name); run.cost(f"sampling 1,000 images, {name}", seconds, "s")
-    if history and steps > history.resumed: run.cost(f"training on 1,000 images, {name}", history.seconds*1000/((steps - history.resumed)*batch_size), "s")
+    if history and (done := (trained or steps) - history.resumed) > 0: run.cost(f"training on 1,000 images, {name}", history.seconds*1000/(done*batch_size), "s")
     return dict(zip(FAMILY, (name, made_the_set, data.size, data_key(data), parameters, steps, batch_size, *((error.value, *error.interval) if error else (None,)*3), active_units, units,
                              g["n"], g["different"], g["to_train"].value, *g["to_train"].interval, g["spread"].value, *g["spread"].interval, note, "; ".join(g["said"]))))

@@ -6,8 +6,8 @@
 __all__ = ['OBJECTIVES', 'WHO', 'transformer', 'DiT', 'Frozen', 'Control', 'words_of', 'ConditionedLatents', 'picture',
            'encode_drawings', 'drawings_of', 'train_dit', 'train_control', 'save_dit', 'load_dit']
 
-# %% ../../nbs/37_dit.ipynb #8566f6f8
-import json
+# %% ../../nbs/37_dit.ipynb #3a474315
+import hashlib, json
 from collections.abc import Sequence
 from contextlib import nullcontext
 from copy import deepcopy
@@ -57,7 +57,7 @@ def transformer(
     for layer in (net.proj_out, *(b.attn2.to_out[0] for b in net.transformer_blocks)): nn.init.zeros_(layer.weight)
     return net
 
-# %% ../../nbs/37_dit.ipynb #aa0d3a78
+# %% ../../nbs/37_dit.ipynb #6d44c6be
 OBJECTIVES, WHO = ("flow", "noise"), ("view", "sex", "age", "race")
 
 class DiT(nn.Module):
@@ -86,6 +86,11 @@ class DiT(nn.Module):
         self.schedule = DDIMScheduler(1000, 1e-4, .02, "linear", clip_sample=False, timestep_spacing="trailing")
         self.settings = dict(steps=20 if objective == "flow" else 100, guidance=4., method="euler", precision="no")   # of `sample`; precision: "no" (float32), "bf16" or "fp16"
         self.frozen = None
+
+    @property
+    def key(self) -> str:
+        "Changes with everything that draws: the weights, and the frozen networks where they are attached."
+        return hashlib.sha256(f"{weights_key(self)} {[n.key for n in self.frozen or ()]}".encode()).hexdigest()
 
     @property
     def conditions(self) -> frozenset[str]: return frozenset({"findings", "text", *self.who} | ({"boxes", "mask"} if self.control is not None else set()))
@@ -253,7 +258,7 @@ def drawings_of(data: RadiographSet, rows: np.ndarray, auto: Autoencoder, batch_
             part = ours[i:i + batch_size]; made[k, part] = encoded([picture((), asked[j].mask, data.size) if k else picture(asked[j].boxes, None, data.size) for j in part])
     return made, blank
 
-# %% ../../nbs/37_dit.ipynb #e8118087
+# %% ../../nbs/37_dit.ipynb #e3cb2f0c
 def train_dit(
     data: RadiographSet,   # the training set
     rows: np.ndarray,      # positions of its training images
@@ -278,7 +283,7 @@ def train_dit(
     auto, texts = load_autoencoder(autoencoder).to(default_device()), text_encoder(encoder)
     latents = latents_of(data, auto); examples = ConditionedLatents(latents, rows, conditions_of(data, rows), texts); texts.to("cpu")   # some are larger than the model
     with seeded(seed, "dit"): dit = DiT(latents.shape[1:], texts.width, objective, data.findings, seen_values(data, rows), [f for f in WHO if data.manifest[f].iloc[rows].notna().any()], **network)
-    begun = dict(start=_begin(dit, start)) if start else {}
+    begun = dict(start=_begin(dit, start, [auto.key, texts.key])) if start else {}
     if compile: dit.compile()
     history = fit(dit, examples, out=Path(out), steps=steps, batch_size=batch_size, seed=seed, optimizers=_adamw(lr), schedule=rise_and_fall(steps, .05), ema=ema, clip=1.,
                   config=dict(autoencoder=auto.key, encoder=texts.key, objective=objective, network=network, data=data.sha256) | begun, callbacks=callbacks, **options)
@@ -287,9 +292,9 @@ def train_dit(
     if of_this_run().is_main_process: save_dit(dit, out, autoencoder, encoder, network)
     return dit, history
 
-# %% ../../nbs/37_dit.ipynb #d431170d
-def _begin(dit, folder):
-    first, _ = _alone(folder); why = f"another objective, {first.objective}" if first.objective != dit.objective else ""
+# %% ../../nbs/37_dit.ipynb #14f3db6e
+def _begin(dit, folder, keys):
+    first, j = _alone(folder); why = f"another objective, {first.objective}" if first.objective != dit.objective else "other frozen networks" if j["keys"] != keys else ""
     if not why:
         try: dit.load_state_dict(first.state_dict())
         except RuntimeError as e: why = str(e).splitlines()[-1].strip()
@@ -322,21 +327,23 @@ def train_control(
     if of_this_run().is_main_process: save_dit(model, out, *(told[k] for k in ("autoencoder", "encoder", "network")))
     return model, history
 
-# %% ../../nbs/37_dit.ipynb #514b65c1
+# %% ../../nbs/37_dit.ipynb #52d45e50
 def save_dit(dit: DiT, folder: str | Path, autoencoder: str, encoder: str, network: dict) -> None:
     "Writes `dit.safetensors` and `dit.json`, whole or not at all."
     with atomic(Path(folder)/"dit.safetensors") as tmp: safetensors.torch.save_model(dit, str(tmp))
     write_json(Path(folder)/"dit.json", dict(shape=dit.shape, text_width=dit.nothing.shape[-1], objective=dit.objective, findings=dit.findings, who=dit.who, seen={f: sorted(v) for f, v in dit.seen.items()}, drop=dit.drop, network=network,
-                                             control=len(dit.control.blocks) if dit.control else 0, settings=dit.settings, autoencoder=autoencoder, encoder=encoder))
+                                             control=len(dit.control.blocks) if dit.control else 0, settings=dit.settings, autoencoder=autoencoder, encoder=encoder, keys=[n.key for n in dit.frozen]))
 
 def load_dit(
     folder: str | Path,     # that `train_dit` or `train_control` wrote
     autoencoder: str = "",  # spec; empty: as it was trained
     encoder: str = "",      # spec; empty: as it was trained
 ) -> DiT:
-    "A trained transformer, ready to sample. Raises `FileNotFoundError`, and as `load_autoencoder` and `text_encoder` do."
-    dit, j = _alone(folder)
-    return dit.to(default_device()).attach(load_autoencoder(autoencoder or j["autoencoder"]), text_encoder(encoder or j["encoder"]))
+    "A trained transformer, ready to sample. Raises `FileNotFoundError`, `ValueError` for other frozen networks than it was trained with, and as `load_autoencoder` and `text_encoder` do."
+    dit, j = _alone(folder); specs = autoencoder or j["autoencoder"], encoder or j["encoder"]; dit.to(default_device()).attach(load_autoencoder(specs[0]), text_encoder(specs[1]))
+    for what, name, spec, net, key in zip(("an autoencoder", "a text encoder"), ("autoencoder", "encoder"), specs, dit.frozen, j["keys"]):
+        if net.key != key: raise ValueError(f"{folder} was trained with {what} other than what {spec} holds: give that as `{name}`")
+    return dit
 
 def _alone(folder):
     folder = Path(folder)

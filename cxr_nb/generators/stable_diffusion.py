@@ -140,7 +140,7 @@ def tiny_pipeline(
     schedule = DDIMScheduler(1000, .00085, .012, "scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1, timestep_spacing="trailing", prediction_type=prediction)
     return _silent(StableDiffusionPipeline(auto.kl, text.eval(), tokenizer, unet.eval(), schedule, None, None, requires_safety_checker=False))
 
-# %% ../../nbs/38_stable_diffusion.ipynb #08b15fef
+# %% ../../nbs/38_stable_diffusion.ipynb #5a3daf91
 class StableDiffusion(nn.Module):
     "A pipeline that is asked for radiographs in one style of prompts. `settings` holds steps and guidance of the sampling."
     def __init__(self,
@@ -163,6 +163,11 @@ class StableDiffusion(nn.Module):
 
     @property
     def conditions(self) -> frozenset[str]: return frozenset({"findings"} | {"position": {"boxes"}, "report": {"text"}}.get(self.style, set()))
+
+    @property
+    def key(self) -> str:
+        "Changes with everything that draws: the weights, the autoencoder, the tokenizer and the schedule."
+        return hashlib.sha256(f"{base_key(self)} {weights_key(self)}".encode()).hexdigest()
 
     @property
     def lora(self) -> bool: return hasattr(self.unet, "peft_config")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Looks', 'allowance']
 
-# %% ../../nbs/61_equal_time.ipynb #9c6a53ad
+# %% ../../nbs/61_equal_time.ipynb #050d56a5
 import json, shutil, time
 from collections.abc import Callable, Sequence
 from copy import deepcopy
@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from ..core import write_json
 from ..train import Callback, State
 
-# %% ../../nbs/61_equal_time.ipynb #021f8b55
+# %% ../../nbs/61_equal_time.ipynb #8e71ff89
 class Looks(Callback):
     "Hands a copy of the model to `look` after given steps and keeps the rows that it gives; `seconds` is the time of the training alone."
     def __init__(self,
@@ -28,6 +29,7 @@ class Looks(Callback):
     ): self.steps, self.look, self.how, self.seconds, self.times, self.rows = set(steps), look, f"after {sorted(set(steps))} steps: {how}", 0., [], []
     def before_fit(self, s: State) -> None: self.last = time.perf_counter()
     def after_step(self, s: State) -> None:
+        if s.device.type == "cuda": torch.cuda.synchronize(s.device)     # what was only begun is not done
         self.times.append(time.perf_counter() - self.last); self.seconds += self.times[-1]
         if s.step + 1 in self.steps: self.rows += self.look(deepcopy(s.module).eval(), s.step + 1, self.seconds)
         self.last = time.perf_counter()
@@ -41,15 +43,17 @@ def allowance(
     train: Callable[..., Any],  # (folder, steps, callbacks): trains a model
     folder: str | Path,         # of the training that will follow
     probe: int = 12,            # steps of the estimate; the first third warms up
+    how: str = "",              # the settings of the training
 ) -> int:                       # steps
-    "How many steps of a training fit into a time; written beside the training, so that one taken up again does as many. Raises `ValueError` where not even one does, and for a training that was begun with another time."
+    "How many steps of a training fit into a time; written beside the training, so that one taken up again does as many. Raises `ValueError` where not even one does, and for a training that was begun with another time or other settings."
     kept = Path(folder)/"allowance.json"
     if kept.is_file():
         known = json.loads(kept.read_text())
         if known["seconds"] != seconds: raise ValueError(f"{folder} was begun with {known['seconds']:g} s and now gets {seconds:g} s: give the run another folder")
+        if known["how"] != how: raise ValueError(f"{folder} was begun with the settings {known['how']}, and now they are {how}: give the run another folder")
         return known["steps"]
     shutil.rmtree(Path(folder)/"probe", ignore_errors=True)   # of one that was cut off
     clock = Looks(); train(Path(folder)/"probe", probe, [clock]); each = float(np.median(clock.times[probe//3:]))
     if seconds < each: raise ValueError(f"{folder}: a step takes {each:.2g} s, more than the {seconds:g} s of the whole training: give it more")
-    write_json(kept, dict(seconds=seconds, steps=int(seconds/each), seconds_a_step=each))
+    write_json(kept, dict(seconds=seconds, steps=int(seconds/each), seconds_a_step=each, how=how))
     return int(seconds/each)
