@@ -6,9 +6,9 @@
 __all__ = ['ENCODERS', 'TERMS', 'WORDINGS', 'GRADES', 'SIDED', 'VIEWS', 'SEXES', 'AGES', 'MEANING', 'AXES', 'TextEncoder',
            'pooled', 'wheel_folder', 'text_encoder', 'Embedded', 'embed', 'findings_text', 'caption', 'Statement',
            'every_statement', 'wordings', 'meaning', 'statement_texts', 'made_reports', 'train_tokenizer',
-           'MeaningModel', 'TextData', 'train_text_encoder', 'nearer_in_meaning']
+           'MeaningModel', 'TextData', 'train_text_encoder', 'check_unread', 'nearer_in_meaning']
 
-# %% ../../nbs/28_text.ipynb #310bb387
+# %% ../../nbs/28_text.ipynb #de592457
 import hashlib, importlib.util, json
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, CLIPTe
 
 from ..core import atomic, cache_dir, default_device, rng, seeded
 from ..data.findings import FINDINGS
+from ..data.images import RadiographSet
 from ..data.phantom import combinations, check_prevalence, describe, draw_findings, level
 from .classifier import masked_bce, rise_and_fall
 from ..train import History, fit, weights_key
@@ -283,6 +284,17 @@ def train_text_encoder(
                   config=dict(width=width, layers=layers, tokenizer=hashlib.sha256(_rules(tokenizer).encode()).hexdigest()[:12], texts=hashlib.sha256(repr([t for t, _ in kinds]).encode()).hexdigest()), **options)
     model.net.save_pretrained(Path(out)/"encoder"); tokenizer.save_pretrained(Path(out)/"encoder")
     return TextEncoder("trained here", tokenizer, model.net, length), history
+
+# %% ../../nbs/28_text.ipynb #7898a379
+def check_unread(
+    encoder: str,        # spec, of `text_encoder`
+    data: RadiographSet,
+    rows: np.ndarray,    # positions in it of what is measured on
+) -> None:
+    "Raises `ValueError` where an encoder that was trained here has learnt from reports of these patients (only OpenI's can be among them)."
+    own = data.manifest.iloc[rows]; own = own.patient_id[own.source.eq("openi")]; path = Path(encoder.removeprefix("run:"))/"encoder"/"patients.json"
+    if not encoder.startswith("run:") or not len(own): return
+    if len(both := own[own.isin(json.loads(path.read_text()))]): raise ValueError(f"the encoder in {path.parent} has learnt from reports of {both.nunique()} patients on whom is to be measured, the first is {both.iloc[0]}: take another encoder, e.g. that of the wheel")
 
 # %% ../../nbs/28_text.ipynb #5dae4dbb
 AXES = {"negation": lambda s: Statement(s.finding, not s.present) if s.grade is None else None,
