@@ -227,7 +227,7 @@ def box_iou_pairs(a: np.ndarray, b: np.ndarray) -> np.ndarray:  # boxes [... 4];
     inner = (hi - lo).clip(0).prod(-1)
     return inner/((a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1) - inner)
 
-# %% ../../nbs/24_oracles.ipynb #c90b9113
+# %% ../../nbs/24_oracles.ipynb #ada87f98
 MEASURES = ("pearson", "auroc", "side", "site", "severity", "box_iou", "mask_iou")
 
 def _correlation(asked, shown):  # 0 where the same is shown whatever is asked for
@@ -250,13 +250,14 @@ def agreement(
     r: np.random.Generator,   # shuffles and resamples
     resamples: int = 300,
     shuffles: int = 10,       # of the requests, over which chance is averaged
-    least: int = 5,           # images that a finding must be asked for in, and be absent in
+    least: int = 0,           # images that a finding must be asked for in, and be absent in; 0: a twentieth of all, 2 to 5
     only: tuple[str, ...] = NAMES,  # findings that are judged
 ) -> dict[str, tuple[Estimate, Estimate]]:  # measure -> (agreement, agreement less that under shuffled requests); only what was asked for
     "How far images show what was asked for, and how far above chance. Raises `ValueError` where nothing was asked for, or where requests, images and units are not equally many."
     if len(asked) != len(shown): raise ValueError(f"{len(asked)} requests and {len(shown)} images cannot be paired")
     if asked.masks.shape != shown.masks.shape: raise ValueError(f"masks were asked for on a grid of {asked.masks.shape[-1]} cells and are shown on {shown.masks.shape[-1]}: call statements with grid={shown.masks.shape[-1]}")
     if len(units) != len(asked): raise ValueError(f"{len(units)} units for {len(asked)} images: give one for each")
+    least = least or min(5, max(2, len(asked)//20))
     findings = np.flatnonzero((np.minimum((asked.present == 1).sum(0), (asked.present == 0).sum(0)) >= least) & np.isin(NAMES, only))
     if not len(findings): raise ValueError(f"no finding{'' if only == NAMES else ' of ' + ', '.join(only)} was asked for in {least} images and to be absent in as many: there is nothing that could be confused")
     pairs = [(a, _cells(a, shown)) for a in (asked, *(asked.take(r.permutation(len(asked))) for _ in range(shuffles)))]
