@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'small_vit', 'Tokens', 'tokens', 'GLoRI', 'Attending', 'half_of_patients', 'train_glori', 'load_glori',
-           'attention', 'grad_cam', 'localised', 'regions_of', 'by_finding']
+           'attention', 'cam_layers', 'grad_cam', 'localised', 'regions_of', 'by_finding']
 
 # %% ../../nbs/40_glori.ipynb #c2d533fb
 import json
@@ -180,7 +180,7 @@ def load_glori(run: str | Path) -> Attending:
     model = load_fit(Attending(**settings), found/"model.safetensors").to(default_device()); model.patients = frozenset(patients)
     return model
 
-# %% ../../nbs/40_glori.ipynb #2db11744
+# %% ../../nbs/40_glori.ipynb #8bf1bf0e
 def _batches(images, batch_size): return (torch.from_numpy(np.array(images[i:i + batch_size]))[:, None].to(default_device()) for i in range(0, len(images), batch_size))
 
 def _enlarged(maps: Tensor, size: int) -> np.ndarray:  # [b f g g] -> float32 [b f size size]
@@ -213,6 +213,12 @@ def _rolled(tokens: Tokens, image: Tensor) -> Tensor:  # [b n n]: from which pat
         r = a if r is None else a @ r; many.append(r)
     r = torch.stack(many[-tokens.blocks:]).mean(0)[:, k:, k:]
     return r/r.sum(-1, keepdim=True)
+
+def cam_layers(cnn: nn.Module) -> dict[str, nn.Module]:  # a `Classifier` on a convolutional network of timm's -> its stages, by their stride in pixels
+    "Where Grad-CAM can look. Raises `ValueError` for a network without stages."
+    info = getattr(cnn.net, "feature_info", None)
+    if not info: raise ValueError("Grad-CAM needs the stages of a convolutional network of timm's, e.g. tf_efficientnet_lite0, resnet18 or densenet121")
+    return {f"stride {i['reduction']}": cnn.net.get_submodule(i["module"]) for i in info if i["reduction"] >= 8}
 
 def grad_cam(
     model: nn.Module,     # uint8 [b 1 h w] -> logits [b f]
