@@ -17,6 +17,7 @@ TAKES = {
     "37_dit": {"latents": "35_latents", "texts": "28_text", "oracles": "24_oracles"},
     "38_stable_diffusion": {"latents": "35_latents", "oracles": "24_oracles"},
     "39_families": GENERATORS,
+    "42_inpaint": {"glori": "40_glori", "oracles": "24_oracles"},
     "50_augment": {"synthetic": "31_vae/set"},
     "60_leaderboard": GENERATORS | {"oracles": "24_oracles"},
     "61_equal_time": {"latents": "35_latents", "texts": "28_text", "oracles": "24_oracles"},

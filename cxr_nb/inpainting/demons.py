@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# %% ../../nbs/41_demons.ipynb #2403ef5c
+# %% ../../nbs/41_demons.ipynb #7048811d
 def _places(h, w, like): return torch.stack(torch.meshgrid(torch.arange(w, dtype=like.dtype, device=like.device), torch.arange(h, dtype=like.dtype, device=like.device), indexing="xy"), -1)[None]
 
 def warp(
@@ -28,10 +28,13 @@ def compose(first: Tensor, then: Tensor) -> Tensor:  # displacements in pixels, 
     "The map that goes along `then` and from there along `first`: warping with it is warping with `first` and the result with `then`."
     return then + warp(first, then)
 
-def exponential(v: Tensor) -> Tensor:  # a velocity in pixels, [b 2 h w] -> displacement in pixels
+def exponential(
+    v: Tensor,           # velocity in pixels, [b 2 h w]
+    squarings: int = 6,  # enough that the longest vector over two to this power is half a pixel at most
+) -> Tensor:             # displacement in pixels, [b 2 h w]
     "Where a point is after following `v` for one unit of time, by scaling and squaring (Arsigny et al., 2006)."
-    n = max(0, math.ceil(math.log2(max(float(v.abs().max()), 1e-6)/.5))); u = v/2**n
-    for _ in range(n): u = compose(u, u)
+    u = v/2**squarings
+    for _ in range(squarings): u = compose(u, u)
     return u
 
 # %% ../../nbs/41_demons.ipynb #2dde9ae6
@@ -53,7 +56,7 @@ def smooth(x: Tensor, sigma: float) -> Tensor:  # [b c h w]; deviation in pixels
     def run(y): return F.conv2d(F.conv2d(y, k, padding=(0, r), groups=c), k.mT, padding=(r, 0), groups=c)
     return run(x.contiguous(memory_format=torch.channels_last)).div_(run(torch.ones_like(x[:1])))
 
-# %% ../../nbs/41_demons.ipynb #c95d6167
+# %% ../../nbs/41_demons.ipynb #8cba77cd
 FORCES = ("thirion", "double", "symmetric")
 
 def _force(d: Tensor, g: Tensor, step: float) -> Tensor:
@@ -62,14 +65,14 @@ def _force(d: Tensor, g: Tensor, step: float) -> Tensor:
 def _standard(x): return (x - x.mean((2, 3), keepdim=True))/x.std((2, 3), keepdim=True).clamp(min=1e-6)
 
 def _level(moving, fixed, u, rounds, force, step, update, elastic, diffeomorphic):
-    still = gradient(fixed)
+    still, squarings = gradient(fixed), max(0, math.ceil(math.log2(2*step)))     # no step is longer than `step`
     for _ in range(rounds):
         now = warp(moving, u); d = fixed - now
         if force == "thirion": v = _force(d, still, step)
         elif force == "double": v = (_force(d, still, step) + _force(d, gradient(now), step))/2
         else: v = _force(d, (still + gradient(now))/2, step)
         v = smooth(v, update)
-        u = smooth(compose(u, exponential(v) if diffeomorphic else v), elastic)
+        u = smooth(compose(u, exponential(v, squarings) if diffeomorphic else v), elastic)
     return u
 
 @torch.no_grad()

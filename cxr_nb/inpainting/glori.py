@@ -6,7 +6,7 @@
 __all__ = ['MEASURES', 'small_vit', 'Tokens', 'tokens', 'GLoRI', 'Attending', 'half_of_patients', 'train_glori', 'load_glori',
            'attention', 'cam_layers', 'grad_cam', 'localised', 'regions_of', 'by_finding']
 
-# %% ../../nbs/40_glori.ipynb #c2d533fb
+# %% ../../nbs/40_glori.ipynb #ca0048b6
 import json
 from collections.abc import Sequence
 from functools import partial
@@ -22,15 +22,15 @@ from timm.layers import HybridEmbed
 from timm.utils import AttentionExtract
 from torch import Tensor, nn
 
-from ..core import default_device, rng, seeded, torch_rng, write_json
+from ..core import default_device, rng, seeded, write_json
 from ..data.images import RadiographData, RadiographSet
 from ..measures.classifier import Jittered, load_weights, masked_bce, rise_and_fall, wheel_weights
-from ..measures.diagnosis import Estimate, estimate, patient_weights
+from ..measures.diagnosis import Estimate, estimate
 from ..measures.features import extractor
 from ..train import History, evaluating, fit, latest_checkpoint
 from ..train import load_weights as load_fit
 
-# %% ../../nbs/40_glori.ipynb #444d9bff
+# %% ../../nbs/40_glori.ipynb #25985f33
 class _Stem(nn.Module):  # the first stages of EfficientNet-Lite0
     def __init__(self, stride):
         super().__init__()
@@ -48,6 +48,7 @@ def small_vit(
     if stride not in (4, 8, 16) or size % stride or width % 32 or depth < 4: raise ValueError(f"the small transformer takes a stride of 4, 8 or 16 that divides the image's side, a width that is a multiple of 32, and four blocks or more, not stride {stride} at {size} px, width {width}, depth {depth}")
     return timm.models.VisionTransformer(size, 1, 3, 0, embed_dim=width, depth=depth, num_heads=width//32, reg_tokens=4, embed_layer=partial(HybridEmbed, backbone=_Stem(stride)))
 
+# %% ../../nbs/40_glori.ipynb #1e1e2923
 class Tokens(nn.Module):
     "The patch tokens of a transformer's last blocks, beside each other, as a map."
     def __init__(self,
@@ -112,7 +113,7 @@ class GLoRI(nn.Module):
         if self.whole: h = torch.cat([h, cls[:, None].expand(-1, h.shape[1], -1)], -1)
         return (h*self.out).sum(-1) + self.bias, a.unflatten(-1, patches.shape[2:])
 
-# %% ../../nbs/40_glori.ipynb #bda7df91
+# %% ../../nbs/40_glori.ipynb #f9dc84c3
 class Attending(nn.Module):
     "A transformer with GLoRI behind it: one logit and one map a finding."
     def __init__(self,
@@ -142,6 +143,7 @@ class Attending(nn.Module):
         "Binary cross-entropy, a mean over the labelled cells of the batch."
         return {"bce": masked_bce(self(batch["image"]), batch["findings"])}
 
+# %% ../../nbs/40_glori.ipynb #2fae5f9c
 def half_of_patients(
     data: RadiographSet,
     rows: np.ndarray,     # positions, [n]
@@ -172,6 +174,7 @@ def train_glori(
     write_json(Path(out)/"glori.json", settings | dict(patients=sorted(set(data.manifest.patient_id.iloc[rows]))))
     return history.model, history
 
+# %% ../../nbs/40_glori.ipynb #bf16011a
 def load_glori(run: str | Path) -> Attending:
     "The model that a run of 40_glori trained first; its `patients` are those that it learnt from. Raises `FileNotFoundError` where it left none."
     where = Path(run)/"fit-0"; found = latest_checkpoint(where)
@@ -180,12 +183,13 @@ def load_glori(run: str | Path) -> Attending:
     model = load_fit(Attending(**settings), found/"model.safetensors").to(default_device()); model.patients = frozenset(patients)
     return model
 
-# %% ../../nbs/40_glori.ipynb #8bf1bf0e
+# %% ../../nbs/40_glori.ipynb #eb220d46
 def _batches(images, batch_size): return (torch.from_numpy(np.array(images[i:i + batch_size]))[:, None].to(default_device()) for i in range(0, len(images), batch_size))
 
 def _enlarged(maps: Tensor, size: int) -> np.ndarray:  # [b f g g] -> float32 [b f size size]
     return F.interpolate(maps.float().clamp(min=0), (size, size), mode="bilinear", align_corners=False).cpu().numpy()
 
+# %% ../../nbs/40_glori.ipynb #5adf3141
 @torch.no_grad()
 def attention(
     model: Attending,

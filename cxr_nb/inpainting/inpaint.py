@@ -6,7 +6,7 @@
 __all__ = ['COUPLINGS', 'CENTRAL', 'top_regions', 'soft_masks', 'Holes', 'Inpainter', 'composite', 'fill', 'refill', 'plan_edits',
            'carried_maps', 'train_inpainter', 'load_inpainter']
 
-# %% ../../nbs/42_inpaint.ipynb #229fb13b
+# %% ../../nbs/42_inpaint.ipynb #d18fc760
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,16 +21,13 @@ from diffusers import UNet2DModel
 from scipy import ndimage
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
 
-from ..core import atomic, default_device, rng, seeded, to_uint8, to_unit, torch_rng, write_json
+from ..core import atomic, default_device, rng, seeded, to_uint8, to_unit, write_json
 from ..data.images import RadiographSet
-from ..generators.conditions import Condition
 from ..generators.flow import draw_times, solve, with_hole
 from .demons import carry
-from .glori import Attending, attention
 from ..measures.classifier import rise_and_fall
-from ..train import History, evaluating, fit, load_weights, weights_key
+from ..train import History, evaluating, fit, load_weights
 
 # %% ../../nbs/42_inpaint.ipynb #038291fa
 def top_regions(
@@ -121,7 +118,7 @@ class Inpainter(nn.Module):
         where = (m > 0).float() if self.coupling == "hole" else torch.ones_like(m)
         return {"flow": (error*where).sum()/where.sum()}
 
-# %% ../../nbs/42_inpaint.ipynb #f25b2316
+# %% ../../nbs/42_inpaint.ipynb #a29d702d
 def composite(
     host: np.ndarray,   # uint8 [n h w]
     made: np.ndarray,   # uint8 [n h w]
@@ -159,6 +156,7 @@ def fill(
             made.append(to_uint8(solve(_fields(model, (1 - m)*x, m, f, s["guidance"]), begin, s["steps"], s["method"])[0])[:, 0])
     return composite(images, np.concatenate(made), masks)
 
+# %% ../../nbs/42_inpaint.ipynb #198f6c14
 def refill(
     model: Inpainter, images: np.ndarray, masks: np.ndarray, findings: np.ndarray, rng: torch.Generator,  # as of `fill`; a model of the coupling "noise"
     again: int = 3,         # how often each step is taken

@@ -1,0 +1,188 @@
+"Attention, registration and inpainting: what no single notebook shows."
+import json
+
+import numpy as np
+import pandas as pd
+import papermill
+import pytest
+import SimpleITK as sitk
+import torch
+
+from cxr_nb.core import repo_root, rng, torch_rng
+from cxr_nb.data.findings import FINDINGS
+from cxr_nb.data.images import open_set, write_set
+from cxr_nb.data.phantom import open_dataset
+from cxr_nb.inpainting.demons import FORCES, carry, compose, jacobian, register, smooth, warp
+from cxr_nb.inpainting.glori import GLoRI, attention, half_of_patients, load_glori, localised, regions_of, train_glori
+from cxr_nb.inpainting.inpaint import CENTRAL, Holes, Inpainter, carried_maps, fill, load_inpainter, plan_edits, soft_masks, train_inpainter
+from small import Cut, Stop, rows, same
+
+NAMES = list(FINDINGS)
+SETTINGS = dict(spec="small", head_width=32, steps=6, batch_size=8, lr=1e-3, seed=0, network=dict(width=32))
+SHAPE = dict(coupling="hole", widths=(8, 16), fold=2, steps=6, batch_size=8, lr=1e-3, ema=.9, seed=0)
+
+
+@pytest.fixture(scope="module")
+def data(): return open_dataset("phantom", 32, n=84)
+
+
+@pytest.fixture(scope="module")
+def bent():
+    x = torch.from_numpy(np.array(open_dataset("phantom", 64, n=48).images[:3]))[:, None].float()/255
+    w = smooth(torch.randn(3, 2, 64, 64, generator=torch_rng(0, "w")), 8.); return x, 2*w/w.square().sum(1, keepdim=True).mean((2, 3), keepdim=True).sqrt()
+
+
+# attention
+
+def test_glori_heeds_the_order_of_patches_only_through_its_map():
+    head = GLoRI(8, 3, 16, 2, 32).eval(); x, order = torch.randn(1, 8, 4, 4), torch.randperm(16)
+    a, seen = head(x, x.mean((2, 3))); b, turned = head(x.flatten(2)[..., order].view_as(x), x.mean((2, 3)))
+    assert torch.allclose(a, b, atol=1e-5) and torch.allclose(seen.flatten(3)[..., order], turned.flatten(3), atol=1e-6)
+
+
+def test_queries_are_not_trained_and_the_published_network_is_left_alone(data, tmp_path):
+    model, _ = train_glori(data, rows(data), ["Effusion", "Mass"], tmp_path, **SETTINGS)
+    again, _ = train_glori(data, rows(data), ["Effusion", "Mass"], tmp_path/"b", **SETTINGS | dict(steps=1))
+    assert torch.equal(model.head.query, again.head.query) and not torch.equal(model.head.key.weight, again.head.key.weight)
+    import timm
+    torch.save(timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict(), tmp_path/"vit.pth")
+    spec = f"timm:vit_tiny_patch16_224@{tmp_path/'vit.pth'}"; kept, _ = train_glori(data, rows(data), ["Effusion"], tmp_path/"c", **SETTINGS | dict(spec=spec, network={}, steps=2))
+    weights = torch.load(tmp_path/"vit.pth", weights_only=True)
+    assert all(torch.equal(v, weights[k]) for k, v in kept.tokens.net.state_dict().items())
+    assert attention(kept, data.images[:2])[0].shape == (2, 1, 32, 32)
+
+
+def test_a_training_of_glori_that_was_killed_ends_with_the_same_weights(data, tmp_path):
+    whole, _ = train_glori(data, rows(data), ["Effusion", "Mass"], tmp_path/"whole", **SETTINGS)
+    with pytest.raises(Stop): train_glori(data, rows(data), ["Effusion", "Mass"], tmp_path/"cut", callbacks=[Cut()], checkpoint_every=2, **SETTINGS)
+    taken, history = train_glori(data, rows(data), ["Effusion", "Mass"], tmp_path/"cut", checkpoint_every=2, **SETTINGS)
+    assert history.resumed == 2 and same(whole, taken)
+
+
+def test_what_is_loaded_is_what_was_trained_and_knows_its_patients(data, tmp_path):
+    some, others = half_of_patients(data, rows(data), .6); model, _ = train_glori(data, some, ["Effusion", "Mass"], tmp_path/"fit-0", **SETTINGS); loaded = load_glori(tmp_path)
+    assert same(model, loaded) and loaded.patients == set(data.manifest.patient_id.iloc[some]) and not loaded.patients & set(data.manifest.patient_id.iloc[others])
+    for a, b in zip(attention(model, data.images[:3]), attention(loaded, data.images[:3])): assert np.allclose(a, b)
+    with pytest.raises(FileNotFoundError, match="run 40_glori with out="): load_glori(tmp_path/"nothing")
+    with pytest.raises(ValueError, match="leaves one part without any"): half_of_patients(data, some[:1], .5)
+
+
+def test_a_map_that_is_the_region_wins_and_chance_scores_the_regions_area(data):
+    about, regions = regions_of(data, np.arange(len(data)), ["Effusion", "Mass", "Cardiomegaly"])
+    assert (localised(regions.astype(float), regions) == 1).all()
+    noise = rng(0, "noise").random(regions.shape); s = localised(noise, regions).mean(0); area = regions.mean()
+    assert abs(s[1] - area) < .02 and s[0] < area + .2
+    for (i, f), g in about.groupby(["row", "finding"]): assert len(g) == 1 and data.manifest[f].iloc[i] == 1
+
+
+def test_regions_come_from_boxes_where_there_are_no_masks(data, tmp_path):
+    notes = data.annotations.assign(mask=pd.NA); bare = write_set(tmp_path/"boxes", np.array(data.images), data.manifest, notes, window=data.window)
+    about, regions = regions_of(bare, np.arange(len(bare)), ["Mass"]); same_about, masks = regions_of(data, np.arange(len(data)), ["Mass"])
+    assert (about.row.to_numpy() == same_about.row.to_numpy()).all() and (regions | masks == regions).all() and regions.sum() >= masks.sum()
+
+
+# registration
+
+@pytest.mark.parametrize("force", FORCES)
+def test_known_maps_are_undone_without_folding(bent, force):
+    x, w = bent; u = register(warp(x, w), x, force=force); body = (x[:, 0] > .1) & torch.nn.functional.pad(torch.ones(56, 56, dtype=torch.bool), (4, 4, 4, 4))
+    assert compose(w, u).square().sum(1).sqrt()[body].mean() < .6*w.square().sum(1).sqrt()[body].mean() and (jacobian(u) > 0).all()
+
+
+def test_a_pair_is_registered_alike_alone_and_in_a_batch(bent):
+    x, w = bent; moving = warp(x, w); whole = register(moving, x, block=8)
+    assert torch.allclose(whole[1:2], register(moving[1:2], x[1:2]), atol=1e-3) and torch.allclose(whole, register(moving, x, block=1), atol=1e-3)
+
+
+def test_simpleitk_finds_the_same_map(bent):
+    x, w = bent; moving = warp(x, w); ours = register(moving[:1], x[:1], rounds=(60,), alike=False)
+    d = sitk.DiffeomorphicDemonsRegistrationFilter(); d.SetNumberOfIterations(60); d.SetMaximumRMSError(0.); d.SetSmoothDisplacementField(True); d.SetSmoothUpdateField(True); d.SetMaximumUpdateStepLength(1.)
+    theirs = torch.from_numpy(np.moveaxis(sitk.GetArrayFromImage(d.Execute(*(sitk.GetImageFromArray(v[0, 0].numpy()) for v in (x, moving)))), -1, 0))[None].float()
+    body = (x[:1, 0] > .1); between, far = ((a - b).square().sum(1).sqrt()[body].mean() for a, b in ((ours, theirs), (ours, ours*0)))
+    assert between < .4*far
+
+
+def test_what_is_mirrored_goes_to_the_other_side():
+    data = open_dataset("phantom", 64, n=48); x = torch.from_numpy(np.array(data.images[:2]))[:, None].float(); marked = torch.zeros_like(x); marked[..., 20:40, 5:25] = 1
+    same_side, _ = carry(marked, x, x.flip(0)); other, seen = carry(marked, x, x.flip(0), mirrored=True)
+    assert same_side[..., :32].sum() > 5*same_side[..., 32:].sum() and other[..., 32:].sum() > 5*other[..., :32].sum() and seen.shape == x.shape
+
+
+def test_images_that_are_not_finite_are_refused(bent):
+    x, _ = bent; bad = x.clone(); bad[0, 0, 3, 3] = torch.nan
+    with pytest.raises(ValueError, match="not finite"): register(bad, x)
+
+
+# inpainting
+
+@pytest.fixture(scope="module")
+def holes(data):
+    about, regions = regions_of(data, rows(data), NAMES); m = data.manifest
+    return Holes(data, about, regions, rows(data)[m.No_Finding.to_numpy()[rows(data)] == 1], NAMES, 0)
+
+
+def test_holes_of_healthy_images_have_the_shapes_of_the_ill(data, holes):
+    many = [holes.__getitems__(list(range(k, k + 8))) for k in range(0, len(holes) - 8, 4)]; area, asked = torch.cat([b["mask"].mean((1, 2, 3)) for b in many]), torch.cat([b["findings"].sum(1) for b in many])
+    ill, well = area[asked == 1], area[asked == 0]
+    assert len(ill) > 20 and len(well) > 20 and abs(ill.mean() - well.mean()) < 4*(ill.var()/len(ill) + well.var()/len(well)).sqrt()
+    with pytest.raises(ValueError, match="both are needed"): Holes(data, pd.DataFrame(columns=["row", "finding"]), np.zeros((0, 32, 32), bool), np.arange(3), ["Mass"], 0)
+
+
+def test_a_killed_inpainting_ends_with_the_same_weights_and_is_loaded(data, holes, tmp_path):
+    whole, _ = train_inpainter(data, holes, NAMES, tmp_path/"whole", **SHAPE)
+    with pytest.raises(Stop): train_inpainter(data, holes, NAMES, tmp_path/"cut", callbacks=[Cut()], checkpoint_every=2, **SHAPE)
+    taken, history = train_inpainter(data, holes, NAMES, tmp_path/"cut", checkpoint_every=2, **SHAPE)
+    assert history.resumed == 2 and same(whole, taken) and same(whole, load_inpainter(tmp_path/"cut"))
+    with pytest.raises(FileNotFoundError, match="inpainter.json"): load_inpainter(tmp_path)
+
+
+def test_the_holes_coupling_learns_only_in_the_hole(holes):
+    model = Inpainter(32, NAMES, widths=(8, 16)); b = holes.__getitems__([0, 1, 2, 3]); b["mask"] = (b["mask"] > .5).float(); torch.manual_seed(0); loss = model.losses(b)["flow"]
+    other = {k: v.clone() for k, v in b.items()}; other["mask"][:] = 0; torch.manual_seed(0)
+    assert loss > 0 and not torch.isfinite(model.losses(other)["flow"])     # nothing to learn without a hole: refused by the training loop
+
+
+def test_a_hole_is_filled_from_nothing_but_its_surroundings(data):
+    model = Inpainter(32, ["Effusion"], widths=(8, 16)).eval(); torch.nn.init.normal_(model.net.conv_out.weight, std=.1); masks = np.zeros((2, 32, 32), np.float32); masks[:, 8:20, 8:20] = 1
+    a = np.array(data.images[:2]); b = a.copy(); b[:, 8:20, 8:20] = 255 - b[:, 8:20, 8:20]; f = np.ones((2, 1))
+    for guidance in (1., 3.):
+        model.settings |= dict(steps=4, guidance=guidance); one, two = (fill(model, x, masks, f, torch_rng(0, "f")) for x in (a, b)); assert (one[:, 8:20, 8:20] == two[:, 8:20, 8:20]).all() and (one[masks == 0] == a[masks == 0]).all()
+
+
+def test_plans_take_lenders_with_the_finding_in_the_hosts_view(data):
+    m = data.manifest; well = np.flatnonzero(m.No_Finding == 1); plan = plan_edits(data, well, rows(data), ["Effusion", "Cardiomegaly"], 24, rng(0, "plan"), opposite=1.)
+    assert all(m[f].iloc[i] == 1 for f, i in zip(plan.finding, plan.lender)) and (m["view"].iloc[plan.host].to_numpy() == m["view"].iloc[plan.lender].to_numpy()).mean() > .8
+    assert set(plan.finding[~plan.mirrored]) == {"Cardiomegaly"} <= set(CENTRAL) and plan.host.isin(well).all()
+    maps = np.ones((len(plan), 32, 32), np.float32); laid, seen = carried_maps(data, plan, maps, rounds=(4, 4)); assert np.allclose(laid, 1, atol=1e-4) and seen.shape == maps.shape
+    with pytest.raises(ValueError, match="no healthy image"): plan_edits(data, well[:0], rows(data), ["Effusion"], 2, rng(0, "p"))
+    with pytest.raises(ValueError, match="leave it out of the findings"): plan_edits(data, well, well, ["Effusion"], 2, rng(0, "p"))
+
+
+def test_masks_are_one_inside_and_zero_outside():
+    r = np.zeros((1, 24, 24), bool); r[0, 10:14, 10:14] = True; m = soft_masks(r, 2., 4.)[0]
+    assert (m[r[0]] == 1).all() and m[12, 4] == 0 and (np.diff(m[12, :12]) >= 0).all() and 0 < m[12, 6] < 1
+
+
+def test_the_chapters_run_on_a_set_that_says_nothing_of_places(tmp_path, monkeypatch):
+    monkeypatch.chdir(repo_root()); data = open_dataset("phantom", 32, n=84)
+    write_set(tmp_path/"bare", np.array(data.images), data.manifest.assign(origin="real", source="bare"), None)
+    common = dict(dataset=str(tmp_path/"bare"), size=32, batch_size=8, resamples=40)
+    for name, given in (("40_glori", dict(steps=4, width=32, head_width=32, seeds=[0], control_n=0, share=.6, stride=4)), ("42_inpaint", dict(glori=str(tmp_path/"40_glori"), steps=4, judge_steps=4, widths=[8, 16], n_tried=16, halves=8, least=-1., edits=5, sampling_steps=2, rounds=[4, 4]))):
+        papermill.execute_notebook(f"nbs/{name}.ipynb", tmp_path/f"{name}.ipynb", parameters=common | given | dict(out=str(tmp_path/name)), cwd="nbs", progress_bar=False, kernel_name="python3")
+    made, record = open_set(tmp_path/"42_inpaint"/"set"), json.loads((tmp_path/"42_inpaint"/"run.json").read_text())
+    assert len(made) == 5 and made.manifest.parent.isin(data.manifest.image_id).all() and set(made.manifest.patient_id) <= set(data.manifest.patient_id)
+    split = data.manifest.set_index("image_id").split; assert (split.loc[made.manifest.parent] == "train").all()
+    assert {t["name"] for t in record["tables"]} == {"judged", "kept", "realism"}     # no ceiling and no oracle for what is no phantom
+
+
+def test_a_judge_does_not_learn_from_patients_of_the_edits(tmp_path, monkeypatch):
+    monkeypatch.chdir(repo_root()); data = open_dataset("phantom", 32, n=84)
+    with pytest.raises(papermill.PapermillExecutionError, match="shares .* patients .* a judge learns from other patients"):
+        papermill.execute_notebook("nbs/42_inpaint.ipynb", tmp_path/"42.ipynb", parameters=dict(dataset=str(data.path), size=32, judge_set=str(data.path), steps=2, batch_size=8, widths=[8, 16], out=str(tmp_path/"42")), cwd="nbs", progress_bar=False, kernel_name="python3")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_registration_on_a_gpu_is_that_of_the_cpu(bent):
+    x, w = bent; moving = warp(x, w)
+    assert torch.allclose(register(moving.cuda(), x.cuda()).cpu(), register(moving, x), atol=.05)
