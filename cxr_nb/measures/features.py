@@ -111,7 +111,7 @@ class _XRV(nn.Module):
     def __init__(self, net): super().__init__(); self.net = net
     def forward(self, x): return F.adaptive_avg_pool2d(F.relu(self.net.features(x)), 1).flatten(1)
 
-# %% ../../nbs/22_features.ipynb #20fe1998
+# %% ../../nbs/22_features.ipynb #e8dcb1a3
 def extractor(
     spec: str,      # of the table above
     size: int = 0,  # side at which the network looks, pixels; 0: its own
@@ -139,7 +139,7 @@ def load_classifier(run: str | Path) -> Classifier:
     found = latest_checkpoint(Path(run)/"fit")
     if found is None: raise FileNotFoundError(f"{run}/fit holds no checkpoint: run 20_classifier with out={run} first")
     config = json.loads((found/"state.json").read_text())["settings"]["config"]
-    return load_weights(Classifier(config["architecture"], config["findings"]), found/"model.safetensors")
+    return load_weights(Classifier(config["architecture"], config["findings"], look=config.get("look", 0)), found/"model.safetensors")
 
 # %% ../../nbs/22_features.ipynb #434b4af0
 def _xrv(name, file, size):
