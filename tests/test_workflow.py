@@ -75,7 +75,7 @@ def small_checkout(root):
     (root/"nbs").mkdir(); (root/"cxr_nb").mkdir()
     for name, code in [("10_a", "from cxr_nb.low import f"), ("20_b", "import cxr_nb.high"), ("20_classifier", ""), ("22_features", "classifier = ''"), ("24_oracles", ""), ("27_sanity", "oracles = ''"), ("28_text", ""), ("31_vae", ""), ("32_gmvae", ""), ("33_lsgan", ""), ("34_pggan", ""),
                        ("35_latents", "classifier = ''\noracles = ''"), ("37_dit", "latents = ''\ntexts = ''\noracles = ''"), ("38_stable_diffusion", "latents = ''\noracles = ''"),
-                       ("39_families", "vae = ''\ngmvae = ''\nlsgan = ''\npggan = ''\ndit = ''\nsd = ''"), ("50_augment", "synthetic = ''"), ("60_leaderboard", "vae = ''\ngmvae = ''\nlsgan = ''\npggan = ''\ndit = ''\nsd = ''\noracles = ''"), ("61_equal_time", "latents = ''\ntexts = ''\noracles = ''"), ("90_report", "runs = ''")]:
+                       ("39_families", "vae = ''\ngmvae = ''\nlsgan = ''\npggan = ''\ndit = ''\nsd = ''"), ("40_glori", ""), ("42_inpaint", "glori = ''\noracles = ''"), ("50_augment", "synthetic = ''"), ("60_leaderboard", "vae = ''\ngmvae = ''\nlsgan = ''\npggan = ''\ndit = ''\nsd = ''\noracles = ''"), ("61_equal_time", "latents = ''\ntexts = ''\noracles = ''"), ("90_report", "runs = ''")]:
         cells = [(["parameters"], f"seed = 0\nout = ''\n{code if '=' in code else ''}"), ([], code)]
         (root/"nbs"/f"{name}.ipynb").write_text(json.dumps({"cells": [{"cell_type": "code", "metadata": {"tags": t}, "source": c} for t, c in cells]}))
     (root/"cxr_nb"/"low.py").write_text("def f(): return 1\n"); (root/"cxr_nb"/"high.py").write_text("from cxr_nb.low import f\n")
