@@ -13,7 +13,7 @@ from cxr_nb.data.findings import FINDINGS
 from cxr_nb.data.images import open_set, write_set
 from cxr_nb.data.phantom import open_dataset
 from cxr_nb.inpainting.demons import FORCES, carry, compose, jacobian, register, smooth, warp
-from cxr_nb.inpainting.glori import GLoRI, attention, half_of_patients, load_glori, localised, regions_of, train_glori
+from cxr_nb.inpainting.glori import GLoRI, attention, part_by_patient, load_glori, localised, regions_of, train_glori
 from cxr_nb.inpainting.inpaint import CENTRAL, Holes, Inpainter, carried_maps, fill, load_inpainter, plan_edits, soft_masks, train_inpainter
 from small import Cut, Stop, rows, same
 
@@ -60,11 +60,11 @@ def test_a_training_of_glori_that_was_killed_ends_with_the_same_weights(data, tm
 
 
 def test_what_is_loaded_is_what_was_trained_and_knows_its_patients(data, tmp_path):
-    some, others = half_of_patients(data, rows(data), .6); model, _ = train_glori(data, some, ["Effusion", "Mass"], tmp_path/"fit-0", **SETTINGS); loaded = load_glori(tmp_path)
+    some, others = part_by_patient(data, rows(data), .6); model, _ = train_glori(data, some, ["Effusion", "Mass"], tmp_path/"fit-0", **SETTINGS); loaded = load_glori(tmp_path)
     assert same(model, loaded) and loaded.patients == set(data.manifest.patient_id.iloc[some]) and not loaded.patients & set(data.manifest.patient_id.iloc[others])
     for a, b in zip(attention(model, data.images[:3]), attention(loaded, data.images[:3])): assert np.allclose(a, b)
     with pytest.raises(FileNotFoundError, match="run 40_glori with out="): load_glori(tmp_path/"nothing")
-    with pytest.raises(ValueError, match="leaves one part without any"): half_of_patients(data, some[:1], .5)
+    with pytest.raises(ValueError, match="leaves one part without any"): part_by_patient(data, some[:1], .5)
 
 
 def test_a_map_that_is_the_region_wins_and_chance_scores_the_regions_area(data):
@@ -136,10 +136,16 @@ def test_a_killed_inpainting_ends_with_the_same_weights_and_is_loaded(data, hole
     with pytest.raises(FileNotFoundError, match="inpainter.json"): load_inpainter(tmp_path)
 
 
-def test_the_holes_coupling_learns_only_in_the_hole(holes):
-    model = Inpainter(32, NAMES, widths=(8, 16)); b = holes.__getitems__([0, 1, 2, 3]); b["mask"] = (b["mask"] > .5).float(); torch.manual_seed(0); loss = model.losses(b)["flow"]
-    other = {k: v.clone() for k, v in b.items()}; other["mask"][:] = 0; torch.manual_seed(0)
-    assert loss > 0 and not torch.isfinite(model.losses(other)["flow"])     # nothing to learn without a hole: refused by the training loop
+class Wrong(Inpainter):
+    "Adds what is wrong everywhere but in the hole."
+    def forward(self, x, t, around, mask, findings): return super().forward(x, t, around, mask, findings) + 1e3*(mask == 0)
+
+
+@pytest.mark.parametrize(("coupling", "heeds"), [("hole", False), ("noise", True)])
+def test_only_the_coupling_with_noise_everywhere_learns_outside_the_hole(holes, coupling, heeds):
+    b, losses = holes.__getitems__([0, 1, 2, 3]), []
+    for kind in (Inpainter, Wrong): torch.manual_seed(0); losses.append(float(kind(32, NAMES, coupling, widths=(8, 16)).losses(b)["flow"].detach()))
+    assert (losses[1] > 10*losses[0]) == heeds and (losses[0] == losses[1]) != heeds
 
 
 def test_a_hole_is_filled_from_nothing_but_its_surroundings(data):

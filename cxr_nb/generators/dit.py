@@ -57,7 +57,7 @@ def transformer(
     for layer in (net.proj_out, *(b.attn2.to_out[0] for b in net.transformer_blocks)): nn.init.zeros_(layer.weight)
     return net
 
-# %% ../../nbs/37_dit.ipynb #6d44c6be
+# %% ../../nbs/37_dit.ipynb #c332ee40
 OBJECTIVES, WHO = ("flow", "noise"), ("view", "sex", "age", "race")
 
 class DiT(nn.Module):
@@ -100,6 +100,7 @@ class DiT(nn.Module):
         self.frozen = Frozen(auto.eval(), encoder)
         return self
 
+# %% ../../nbs/37_dit.ipynb #cd283666
 class Frozen(tuple):
     "Networks that are not trained, saved or copied with the model that uses them."
     def __new__(cls, *networks): return super().__new__(cls, networks)

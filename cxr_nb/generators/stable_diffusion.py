@@ -140,7 +140,7 @@ def tiny_pipeline(
     schedule = DDIMScheduler(1000, .00085, .012, "scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1, timestep_spacing="trailing", prediction_type=prediction)
     return _silent(StableDiffusionPipeline(auto.kl, text.eval(), tokenizer, unet.eval(), schedule, None, None, requires_safety_checker=False))
 
-# %% ../../nbs/38_stable_diffusion.ipynb #5a3daf91
+# %% ../../nbs/38_stable_diffusion.ipynb #f3cca107
 class StableDiffusion(nn.Module):
     "A pipeline that is asked for radiographs in one style of prompts. `settings` holds steps and guidance of the sampling."
     def __init__(self,
@@ -177,15 +177,17 @@ class StableDiffusion(nn.Module):
         t = self.frozen[1]
         return np.asarray(t(list(prompts), padding="max_length", max_length=t.model_max_length, truncation=True)["input_ids"], np.int64)
 
-    def states(self, ids: Tensor) -> Tensor:  # int64 [b l] -> [b l d]
-        "States of the text, as the pipeline's sampling takes them."
-        masked = getattr(self.text.config, "use_attention_mask", False)
-        return self.text(ids, attention_mask=(ids != self.frozen[1].pad_token_id).long() if masked else None)[0]
-
     def pipeline(self) -> StableDiffusionPipeline:
         "The parts as a pipeline."
         auto, tokenizer, scheduler = self.frozen
         return _silent(StableDiffusionPipeline(auto.kl, self.text, tokenizer, self.unet, type(scheduler).from_config(scheduler.config), None, None, requires_safety_checker=False))
+
+# %% ../../nbs/38_stable_diffusion.ipynb #7e8d16c1
+@patch
+def states(self: StableDiffusion, ids: Tensor) -> Tensor:  # int64 [b l] -> [b l d]
+    "States of the text, as the pipeline's sampling takes them."
+    masked = getattr(self.text.config, "use_attention_mask", False)
+    return self.text(ids, attention_mask=(ids != self.frozen[1].pad_token_id).long() if masked else None)[0]
 
 # %% ../../nbs/38_stable_diffusion.ipynb #47890f90
 @patch

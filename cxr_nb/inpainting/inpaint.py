@@ -50,7 +50,7 @@ def soft_masks(
     away = np.stack([ndimage.distance_transform_edt(~r) for r in regions])
     return (.5 + .5*np.cos(np.pi*np.clip((away - grow)/(soft + 1e-9), 0, 1))).astype(np.float32)
 
-# %% ../../nbs/42_inpaint.ipynb #85ba9ebf
+# %% ../../nbs/42_inpaint.ipynb #69df8e88
 class Holes(Dataset):
     "Images with a hole and what was in it; the first half are those with findings."
     def __init__(self,
@@ -74,7 +74,7 @@ class Holes(Dataset):
         for k, p in enumerate(positions):
             which = p if p < m else g.integers(m)
             rows.append(self.rows[p] if p < m else self.healthy[g.integers(len(self.healthy))]); asked[k, self.kind[which]] = p < m
-            hole = np.roll(self.regions[which], g.integers(-self.shift, self.shift + 1, 2), (0, 1))
+            hole = ndimage.shift(self.regions[which].astype(np.uint8), g.integers(-self.shift, self.shift + 1, 2), order=0) > 0
             holes.append(soft_masks(hole[None], g.uniform(0, self.grow))[0])
         return dict(image=torch.from_numpy(self.images[rows])[:, None], mask=torch.from_numpy(np.stack(holes))[:, None], findings=torch.from_numpy(asked))
 
