@@ -6,7 +6,7 @@
 __all__ = ['MEASURES', 'small_vit', 'Tokens', 'tokens', 'GLoRI', 'Attending', 'part_by_patient', 'train_glori', 'load_glori',
            'attention', 'cam_layers', 'grad_cam', 'localised', 'regions_of', 'by_finding']
 
-# %% ../../nbs/40_glori.ipynb #1a8d4146
+# %% ../../nbs/40_glori.ipynb #5941ce19
 import json
 from collections.abc import Sequence
 from copy import deepcopy
@@ -18,7 +18,7 @@ import pandas as pd
 import timm
 import torch
 import torch.nn.functional as F
-from captum.attr import LayerGradCam
+from captum.attr import LayerGradCam, LayerGradientXActivation
 from timm.layers import HybridEmbed
 from timm.utils import AttentionExtract
 from torch import Tensor, nn
@@ -221,7 +221,7 @@ def _rolled(taken: dict[str, Tensor], tokens: Tokens) -> Tensor:  # attention of
     r = torch.stack(many[-tokens.blocks:]).mean(0)[:, k:, k:]
     return r/r.sum(-1, keepdim=True)
 
-# %% ../../nbs/40_glori.ipynb #3299af10
+# %% ../../nbs/40_glori.ipynb #5e7aa2fb
 def cam_layers(cnn: nn.Module) -> dict[str, nn.Module]:  # a `Classifier` on a convolutional network of timm's -> its stages, by their stride in pixels
     "Where Grad-CAM can look. Raises `ValueError` for a network without stages."
     info = getattr(cnn.net, "feature_info", None)
@@ -234,12 +234,13 @@ def grad_cam(
     images: np.ndarray,   # uint8 [n s s]
     which: np.ndarray,    # the finding of each image, as a position among the logits, int [n]
     batch_size: int = 64,
+    pointwise: bool = False,  # HiResCAM: the gradient is kept place by place
 ) -> np.ndarray:          # float32 [n s s]
-    "Grad-CAM of one finding an image, by captum."
-    model = model.to(default_device()).eval(); cam, maps = LayerGradCam(model, layer), []
+    "Grad-CAM of one finding an image, or HiResCAM, by captum."
+    model = model.to(default_device()).eval(); cam, maps = (LayerGradientXActivation if pointwise else LayerGradCam)(model, layer), []
     for i, x in enumerate(_batches(images, batch_size)):
         target = torch.as_tensor(which[i*batch_size:(i + 1)*batch_size], device=x.device)
-        maps.append(_enlarged(cam.attribute(x.float().requires_grad_(), target=target, relu_attributions=True).detach(), images.shape[-1])[:, 0])
+        maps.append(_enlarged(cam.attribute(x.float().requires_grad_(), target=target).detach().sum(1, keepdim=True), images.shape[-1])[:, 0])
     return np.concatenate(maps)
 
 # %% ../../nbs/40_glori.ipynb #66b98223
