@@ -164,7 +164,7 @@ def train_glori(
     out: str | Path,      # folder of the training; one that is there is gone on with
     *,
     spec: str, head_width: int, steps: int, batch_size: int, lr: float, seed: int,  # as in the parameters of the notebook
-    network: dict = {},   # of `small_vit`
+    network: dict = {},   # whole, and those of `small_vit`
     **options,            # of `fit`
 ) -> tuple[Attending, History]:
     "Trains GLoRI on image labels, with the small transformer or behind a published one, which stays as it is. The rate rises to `lr` and falls once. Raises as `fit` does."
@@ -172,16 +172,16 @@ def train_glori(
     model = Attending(**settings); train = Jittered(RadiographData(data, rows, findings), seed)
     adam = lambda m: torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=lr, weight_decay=.05)
     history = fit(model, train, out=Path(out), steps=steps, batch_size=batch_size, seed=seed, optimizers=adam, clip=1., schedule=rise_and_fall(steps), config=settings | dict(set=data.sha256, rows=len(rows)) | train.settings, **options)
-    write_json(Path(out)/"glori.json", settings | dict(patients=sorted(set(data.manifest.patient_id.iloc[rows]))))
+    write_json(Path(out)/"glori.json", settings | dict(set=data.sha256, patients=sorted(set(data.manifest.patient_id.iloc[rows]))))
     return history.model, history
 
 # %% ../../nbs/40_glori.ipynb #bf16011a
 def load_glori(run: str | Path) -> Attending:
-    "The model that a run of 40_glori trained first; its `patients` are those that it learnt from. Raises `FileNotFoundError` where it left none."
+    "The model that a run of 40_glori trained first; its `patients` are those that it learnt from, `set` the hash of their set. Raises `FileNotFoundError` where it left none."
     where = Path(run)/"fit-0"; found = latest_checkpoint(where)
     if found is None or not (where/"glori.json").is_file(): raise FileNotFoundError(f"{run} holds no trained GLoRI (fit-0/glori.json): run 40_glori with out={run} first")
-    settings = json.loads((where/"glori.json").read_text()); patients = settings.pop("patients")
-    model = load_fit(Attending(**settings), found/"model.safetensors").to(default_device()); model.patients = frozenset(patients)
+    settings = json.loads((where/"glori.json").read_text()); patients, of = settings.pop("patients"), settings.pop("set")
+    model = load_fit(Attending(**settings), found/"model.safetensors").to(default_device()); model.patients, model.set = frozenset(patients), of
     return model
 
 # %% ../../nbs/40_glori.ipynb #eb220d46

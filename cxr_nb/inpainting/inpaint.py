@@ -60,12 +60,11 @@ class Holes(Dataset):
         healthy: np.ndarray,      # positions of healthy images
         findings: Sequence[str],  # the order of the vector
         seed: int,                # of holes
-        grow: float = 3.,         # regions are made larger by 0 to this, pixels
-        shift: int = 2,           # and shifted by up to this, pixels
+        soft: float = 3.,         # regions are made larger by 0 to this, shifted by up to two thirds of it, and fall to zero over it, pixels
     ):
         if not len(about) or not len(healthy): raise ValueError(f"{data.path}: {len(about)} regions of findings and {len(healthy)} healthy images to learn from; both are needed")
         self.images, self.rows, self.healthy, self.regions = data.images, about.row.to_numpy(), np.asarray(healthy), regions
-        self.kind = np.array([list(findings).index(f) for f in about.finding]); self.n, self.seed, self.grow, self.shift = len(findings), seed, grow, shift
+        self.kind = np.array([list(findings).index(f) for f in about.finding]); self.n, self.seed, self.soft, self.shift = len(findings), seed, soft, round(2*soft/3)
 
     def __len__(self): return 2*len(self.rows)
 
@@ -75,11 +74,11 @@ class Holes(Dataset):
             which = p if p < m else g.integers(m)
             rows.append(self.rows[p] if p < m else self.healthy[g.integers(len(self.healthy))]); asked[k, self.kind[which]] = p < m
             hole = ndimage.shift(self.regions[which].astype(np.uint8), g.integers(-self.shift, self.shift + 1, 2), order=0) > 0
-            holes.append(soft_masks(hole[None], g.uniform(0, self.grow))[0])
+            holes.append(soft_masks(hole[None], g.uniform(0, self.soft), self.soft)[0])
         return dict(image=torch.from_numpy(self.images[rows])[:, None], mask=torch.from_numpy(np.stack(holes))[:, None], findings=torch.from_numpy(asked))
 
 # %% ../../nbs/42_inpaint.ipynb #22387982
-COUPLINGS = ("hole", "noise")
+COUPLINGS = ("hole", "noise", "alone")   # the base: the image with noise in the hole; noise, and the surroundings are shown; noise, and they are not
 
 class Inpainter(nn.Module):
     "Fills holes in radiographs with a finding or with none."
@@ -109,14 +108,14 @@ class Inpainter(nn.Module):
         return F.pixel_shuffle(self.net(z, 1000*t, class_labels=self.asked(findings)).sample, self.fold)
 
     def losses(self, batch: dict[str, Tensor], step: int = 0) -> dict[str, Tensor]:
-        "Squared error of the speed, a mean over the pixels where it is not zero by construction."
+        "Squared error of the speed: a mean over the hole (\"hole\"), over the image (\"alone\"), or the sum of both (\"noise\")."
         x1, m, f = to_unit(batch["image"]), batch["mask"], batch["findings"]
-        if self.coupling == "noise": m = torch.where(torch.rand(len(m), 1, 1, 1, device=m.device) < .5, torch.ones_like(m), m)
+        if self.coupling == "alone": m = torch.ones_like(m)
         noise = torch.randn_like(x1); x0 = with_hole(x1, m, noise) if self.coupling == "hole" else noise
         t = draw_times(len(x1), device=x1.device); at = t.view(-1, 1, 1, 1)
         error = (self(at*x1 + (1 - at)*x0, t, (1 - m)*x1, m, f) - (x1 - x0)).square()
-        where = (m > 0).float() if self.coupling == "hole" else torch.ones_like(m)
-        return {"flow": (error*where).sum()/where.sum()}
+        hole = (m > 0).float(); within = (error*hole).sum()/hole.sum()
+        return {"flow": within + error.mean() if self.coupling == "noise" else within}
 
 # %% ../../nbs/42_inpaint.ipynb #a29d702d
 def composite(
@@ -147,7 +146,8 @@ def fill(
     rng: torch.Generator,   # of the noise
     batch_size: int = 32,
 ) -> np.ndarray:            # uint8 [n h w]
-    "Fills holes by the flow, from the base that the model was trained with. Raises `ValueError` for images of another size or findings that the model does not know."
+    "Fills holes by the flow, from the base that the model was trained with. Raises `ValueError` for images of another size, findings that the model does not know, or the coupling \"alone\"."
+    if model.coupling == "alone": raise ValueError("a model of the coupling \"alone\" has not learnt to look at surroundings: `refill` fills holes with it")
     if images.shape[1:] != (model.size,)*2 or masks.shape != images.shape or findings.shape != (len(images), len(model.findings)): raise ValueError(f"images {images.shape}, masks {masks.shape} and findings {findings.shape} do not fit a model of {model.size} px and {len(model.findings)} findings")
     s, made = model.settings, []
     with evaluating(model.to(default_device())):
@@ -158,12 +158,12 @@ def fill(
 
 # %% ../../nbs/42_inpaint.ipynb #198f6c14
 def refill(
-    model: Inpainter, images: np.ndarray, masks: np.ndarray, findings: np.ndarray, rng: torch.Generator,  # as of `fill`; a model of the coupling "noise"
+    model: Inpainter, images: np.ndarray, masks: np.ndarray, findings: np.ndarray, rng: torch.Generator,  # as of `fill`; a model of the coupling "alone"
     again: int = 3,         # how often each step is taken
     batch_size: int = 32,
 ) -> np.ndarray:            # uint8 [n h w]
-    "Fills holes by re-noising (Lugmayr et al., 2022): a generator that never sees the surroundings is led by putting the host, noised to the same time, around the hole at every step. Raises `ValueError` for the other coupling."
-    if model.coupling != "noise": raise ValueError("re-noising needs a model of the coupling \"noise\", which can draw without surroundings")
+    "Fills holes by re-noising (Lugmayr et al., 2022): a generator that never sees the surroundings is led by putting the host, noised to the same time, around the hole at every step. Raises `ValueError` for another coupling."
+    if model.coupling != "alone": raise ValueError("re-noising needs a model of the coupling \"alone\", which draws without surroundings")
     times, made = np.linspace(0, 1, model.settings["steps"] + 1), []
     def randn(x): return torch.randn(x.shape, generator=rng).to(x)
     with evaluating(model.to(default_device())):
@@ -198,7 +198,7 @@ def plan_edits(
         f = findings[k % len(findings)]; ill = lenders[m[f].to_numpy()[lenders] == 1]; same = ill[(m["view"].iloc[ill] == m["view"].iloc[host]).to_numpy()] if pd.notna(m["view"].iloc[host]) else ill
         ill = same if len(same) else ill
         if not len(ill): raise ValueError(f"{data.path}: no image with {f} can lend a place: leave it out of the findings")
-        some = r.permutation(ill)[:candidates]; turned = f not in CENTRAL and r.random() < opposite
+        some = r.permutation(ill)[:candidates]; turned = f not in CENTRAL and m["view"].iloc[host] != "LATERAL" and r.random() < opposite
         like = [np.corrcoef(small(data.images[host]), small(data.images[i][:, ::-1] if turned else data.images[i]))[0, 1] for i in some]
         rows.append(dict(host=int(host), lender=int(some[int(np.nanargmax(like))]), finding=f, mirrored=bool(turned)))
     return pd.DataFrame(rows)
