@@ -72,7 +72,7 @@ def test_a_map_that_is_the_region_wins_and_chance_scores_the_regions_area(data):
     assert (localised(regions.astype(float), regions) == 1).all()
     noise = rng(0, "noise").random(regions.shape); s = localised(noise, regions).mean(0); area = regions.mean()
     assert abs(s[1] - area) < .02 and s[0] < area + .2
-    for (i, f), g in about.groupby(["row", "finding"]): assert len(g) == 1 and data.manifest[f].iloc[i] == 1
+    assert not about.duplicated().any() and all(data.manifest[f].iloc[i] == 1 for i, f in zip(about.row, about.finding))
 
 
 def test_regions_come_from_boxes_where_there_are_no_masks(data, tmp_path):
@@ -148,6 +148,12 @@ def test_only_the_coupling_with_noise_everywhere_learns_outside_the_hole(holes, 
     assert (losses[1] > 10*losses[0]) == heeds and (losses[0] == losses[1]) != heeds
 
 
+def test_a_model_without_surroundings_learns_from_the_whole_image_whatever_the_hole(holes):
+    b, losses = holes.__getitems__([0, 1, 2, 3]), []
+    for mask in (b["mask"], b["mask"].flip(0)): torch.manual_seed(0); losses.append([float(Inpainter(32, NAMES, c, widths=(8, 16)).losses(b | dict(mask=mask))["flow"].detach()) for c in ("alone", "noise")])
+    assert losses[0][0] == losses[1][0] and losses[0][1] != losses[1][1]
+
+
 def test_a_hole_is_filled_from_nothing_but_its_surroundings(data):
     model = Inpainter(32, ["Effusion"], widths=(8, 16)).eval(); torch.nn.init.normal_(model.net.conv_out.weight, std=.1); masks = np.zeros((2, 32, 32), np.float32); masks[:, 8:20, 8:20] = 1
     a = np.array(data.images[:2]); b = a.copy(); b[:, 8:20, 8:20] = 255 - b[:, 8:20, 8:20]; f = np.ones((2, 1))
@@ -179,6 +185,23 @@ def test_the_chapters_run_on_a_set_that_says_nothing_of_places(tmp_path, monkeyp
     assert len(made) == 5 and made.manifest.parent.isin(data.manifest.image_id).all() and set(made.manifest.patient_id) <= set(data.manifest.patient_id)
     split = data.manifest.set_index("image_id").split; assert (split.loc[made.manifest.parent] == "train").all()
     assert {t["name"] for t in record["tables"]} == {"judged", "kept", "realism"}     # no ceiling and no oracle for what is no phantom
+    parents = np.array(data.images)[pd.Index(data.manifest.image_id).get_indexer(made.manifest.parent)]
+    assert (made.images == parents)[made.masks == 0].all() and all((x != y)[m > 0].mean() > .5 for x, y, m in zip(made.images, parents, made.masks))
+
+
+@pytest.mark.parametrize(("given", "said"), [(dict(), "trained on another set than"), (dict(glori="", regions="everywhere"), "it is .{0,3}attention.{0,3} or")])
+def test_inpainting_says_what_does_not_fit(tmp_path, monkeypatch, given, said):
+    monkeypatch.chdir(repo_root()); data = open_dataset("phantom", 32, n=84); other = open_dataset("phantom", 32, n=84, seed=7)
+    train_glori(other, rows(other), ["Effusion", "Mass"], tmp_path/"glori"/"fit-0", **SETTINGS)
+    with pytest.raises(papermill.PapermillExecutionError, match=said):
+        papermill.execute_notebook("nbs/42_inpaint.ipynb", tmp_path/"42.ipynb", parameters=dict(dataset=str(data.path), size=32, glori=str(tmp_path/"glori"), steps=2, batch_size=8, widths=[8, 16], out=str(tmp_path/"42")) | given, cwd="nbs", progress_bar=False, kernel_name="python3")
+
+
+def test_edits_at_true_places_lie_in_masks_of_the_lenders(tmp_path, monkeypatch):
+    monkeypatch.chdir(repo_root()); data = open_dataset("phantom", 32, n=84)
+    given = dict(dataset=str(data.path), size=32, regions="truth", steps=4, judge_steps=4, batch_size=8, widths=[8, 16], n_tried=16, n_pairs=1, halves=8, least=-1., edits=5, sampling_steps=2, rounds=[4, 4], resamples=40, out=str(tmp_path/"42"))
+    papermill.execute_notebook("nbs/42_inpaint.ipynb", tmp_path/"42.ipynb", parameters=given, cwd="nbs", progress_bar=False, kernel_name="python3")
+    realism = pd.read_csv(tmp_path/"42"/"tables"/"realism.csv").set_index("method"); assert len(open_set(tmp_path/"42"/"set")) == 5 and (realism.change_outside.dropna() == 0).all() and "flow" in realism.index
 
 
 def test_a_judge_does_not_learn_from_patients_of_the_edits(tmp_path, monkeypatch):

@@ -103,9 +103,10 @@ class Inpainter(nn.Module):
             self.asked = nn.Linear(len(self.findings), 4*widths[0])
 
     def forward(self, x: Tensor, t: Tensor, around: Tensor, mask: Tensor, findings: Tensor) -> Tensor:  # [b 1 h w], [b] in [0, 1], [b 1 h w] twice, [b f] -> speed [b 1 h w]
-        "The speed at x and t, given the image around the hole, the mask, and what is wanted in it."
+        "The speed at x and t, given the image around the hole, the mask, and what is wanted in it; zero outside the hole where the flow begins at the image."
         z = F.pixel_unshuffle(torch.cat([x, around, mask], 1), self.fold).contiguous(memory_format=torch.channels_last)
-        return F.pixel_shuffle(self.net(z, 1000*t, class_labels=self.asked(findings)).sample, self.fold)
+        speed = F.pixel_shuffle(self.net(z, 1000*t, class_labels=self.asked(findings)).sample, self.fold)
+        return speed*(mask > 0) if self.coupling == "hole" else speed
 
     def losses(self, batch: dict[str, Tensor], step: int = 0) -> dict[str, Tensor]:
         "Squared error of the speed: a mean over the hole (\"hole\"), over the image (\"alone\"), or the sum of both (\"noise\")."
