@@ -134,6 +134,8 @@ def test_a_killed_inpainting_ends_with_the_same_weights_and_is_loaded(data, hole
     taken, history = train_inpainter(data, holes, NAMES, tmp_path/"cut", checkpoint_every=2, **SHAPE)
     assert history.resumed == 2 and same(whole, taken) and same(whole, load_inpainter(tmp_path/"cut"))
     with pytest.raises(FileNotFoundError, match="inpainter.json"): load_inpainter(tmp_path)
+    about = pd.DataFrame(dict(row=holes.rows, finding=[NAMES[k] for k in holes.kind])); softer = Holes(data, about, holes.regions, holes.healthy, NAMES, 0, soft=2.)
+    with pytest.raises(ValueError, match="another fit"): train_inpainter(data, softer, NAMES, tmp_path/"whole", **SHAPE)
 
 
 class Wrong(Inpainter):
@@ -199,9 +201,10 @@ def test_inpainting_says_what_does_not_fit(tmp_path, monkeypatch, given, said):
 
 def test_edits_at_true_places_lie_in_masks_of_the_lenders(tmp_path, monkeypatch):
     monkeypatch.chdir(repo_root()); data = open_dataset("phantom", 32, n=84)
-    given = dict(dataset=str(data.path), size=32, regions="truth", steps=4, judge_steps=4, batch_size=8, widths=[8, 16], n_tried=16, n_pairs=1, halves=8, least=-1., edits=5, sampling_steps=2, rounds=[4, 4], resamples=40, out=str(tmp_path/"42"))
+    given = dict(dataset=str(data.path), size=32, regions="truth", steps=4, judge_steps=4, batch_size=8, widths=[8, 16], n_tried=16, n_pairs=1, halves=8, least=-1., edits=5, hosts="test", sampling_steps=2, rounds=[4, 4], resamples=40, out=str(tmp_path/"42"))
     papermill.execute_notebook("nbs/42_inpaint.ipynb", tmp_path/"42.ipynb", parameters=given, cwd="nbs", progress_bar=False, kernel_name="python3")
-    realism = pd.read_csv(tmp_path/"42"/"tables"/"realism.csv").set_index("method"); assert len(open_set(tmp_path/"42"/"set")) == 5 and (realism.change_outside.dropna() == 0).all() and "flow" in realism.index
+    realism = pd.read_csv(tmp_path/"42"/"tables"/"realism.csv").set_index("method"); made = open_set(tmp_path/"42"/"set").manifest
+    assert len(made) == 5 and (made.split == "test").all() and (data.manifest.set_index("image_id").split.loc[made.parent] == "test").all() and (realism.change_outside.dropna() == 0).all() and "flow" in realism.index
 
 
 def test_a_judge_does_not_learn_from_patients_of_the_edits(tmp_path, monkeypatch):

@@ -207,13 +207,14 @@ def write_samples(
     seed: int,                    # seed of the sampling
     source: RadiographSet | None = None,  # where the conditions' parents are: what was said of their findings goes along, as far as it was asked for
     patients: list[str] | None = None,    # whose images these are, where they are edits of patients' images; None: nobody's, each a patient of its own
+    split: str = "train",                 # of the new set; that of the edited patients
     **made_by,                    # what else `set.json` should say of the making, e.g. a hash of the weights
 ) -> RadiographSet:
     "Writes samples and what was asked for as a set. Raises `FileExistsError` where a set is there."
     ids = [f"{name}-{seed}-{i:06d}" for i in range(len(images))]
     known = {f: [getattr(c, f) for c in conditions] for f in ("view", "sex", "age", "race", "text", "parent")}
     manifest = as_manifest(pd.DataFrame({"image_id": ids, "patient_id": patients or ids} | known | dict(zip(findings, findings_matrix(conditions, findings).astype(float).T))),
-                           source=name, origin="synthetic", split="train", generator=name, seed=seed, width=images.shape[2], height=images.shape[1])
+                           source=name, origin="synthetic", split=split, generator=name, seed=seed, width=images.shape[2], height=images.shape[1])
     annotations, masks = requests(conditions, ids, images.shape[1], source)
     return write_set(path, images, manifest, annotations, masks, made_by=dict(generator=name, seed=seed, n=len(images), asked=sorted(set().union(*(c.asked for c in conditions)))) | made_by)
 

@@ -18,8 +18,9 @@ from torch import Tensor
 # %% ../../nbs/41_demons.ipynb #7048811d
 @functools.lru_cache(16)
 def _unbent(h, w, dtype, device):  # as grid_sample counts: the places of all pixels [1 h w 2], and what a pixel is [2]
-    place = torch.stack(torch.meshgrid(torch.linspace(-1, 1, w, dtype=dtype, device=device), torch.linspace(-1, 1, h, dtype=dtype, device=device), indexing="xy"), -1)
-    return place[None], torch.tensor([2/(w - 1), 2/(h - 1)], dtype=dtype, device=device)
+    with torch.inference_mode(False):      # what is kept here must serve gradients as well
+        place = torch.stack(torch.meshgrid(torch.linspace(-1, 1, w, dtype=dtype, device=device), torch.linspace(-1, 1, h, dtype=dtype, device=device), indexing="xy"), -1)
+        return place[None], torch.tensor([2/(w - 1), 2/(h - 1)], dtype=dtype, device=device)
 
 def warp(
     image: Tensor,  # [b c h w], any values

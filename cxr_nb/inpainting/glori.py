@@ -180,7 +180,7 @@ def load_glori(run: str | Path) -> Attending:
     "The model that a run of 40_glori trained first; its `patients` are those that it learnt from, `set` the hash of their set. Raises `FileNotFoundError` where it left none."
     where = Path(run)/"fit-0"; found = latest_checkpoint(where)
     if found is None or not (where/"glori.json").is_file(): raise FileNotFoundError(f"{run} holds no trained GLoRI (fit-0/glori.json): run 40_glori with out={run} first")
-    settings = json.loads((where/"glori.json").read_text()); patients, of = settings.pop("patients"), settings.pop("set")
+    settings = json.loads((where/"glori.json").read_text()); patients, of = settings.pop("patients"), settings.pop("set", None)
     model = load_fit(Attending(**settings), found/"model.safetensors").to(default_device()); model.patients, model.set = frozenset(patients), of
     return model
 

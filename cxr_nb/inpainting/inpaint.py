@@ -7,6 +7,7 @@ __all__ = ['COUPLINGS', 'CENTRAL', 'top_regions', 'soft_masks', 'Holes', 'Inpain
            'carried_maps', 'train_inpainter', 'load_inpainter']
 
 # %% ../../nbs/42_inpaint.ipynb #d18fc760
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,7 +47,8 @@ def soft_masks(
     grow: float = 1.,     # pixels by which each is made larger
     soft: float = 3.,     # pixels over which it then falls to zero
 ) -> np.ndarray:          # float32 [n h w], 0 ... 1
-    "One in the regions, falling smoothly to exactly zero around them."
+    "One in the regions, falling smoothly to exactly zero around them. Raises `ValueError` for an empty region."
+    if not regions.any((1, 2)).all(): raise ValueError(f"region {int(np.argmin(regions.any((1, 2))))} of {len(regions)} is empty: it has no mask")
     away = np.stack([ndimage.distance_transform_edt(~r) for r in regions])
     return (.5 + .5*np.cos(np.pi*np.clip((away - grow)/(soft + 1e-9), 0, 1))).astype(np.float32)
 
@@ -65,6 +67,7 @@ class Holes(Dataset):
         if not len(about) or not len(healthy): raise ValueError(f"{data.path}: {len(about)} regions of findings and {len(healthy)} healthy images to learn from; both are needed")
         self.images, self.rows, self.healthy, self.regions = data.images, about.row.to_numpy(), np.asarray(healthy), regions
         self.kind = np.array([list(findings).index(f) for f in about.finding]); self.n, self.seed, self.soft, self.shift = len(findings), seed, soft, round(2*soft/3)
+        self.key = hashlib.sha256(b"".join(np.ascontiguousarray(a).tobytes() for a in (self.rows, self.kind, self.healthy, regions)) + repr((seed, soft)).encode()).hexdigest()   # a training is taken up with the same only
 
     def __len__(self): return 2*len(self.rows)
 
@@ -74,6 +77,7 @@ class Holes(Dataset):
             which = p if p < m else g.integers(m)
             rows.append(self.rows[p] if p < m else self.healthy[g.integers(len(self.healthy))]); asked[k, self.kind[which]] = p < m
             hole = ndimage.shift(self.regions[which].astype(np.uint8), g.integers(-self.shift, self.shift + 1, 2), order=0) > 0
+            if not hole.any(): hole = self.regions[which]     # it was shifted out of the image
             holes.append(soft_masks(hole[None], g.uniform(0, self.soft), self.soft)[0])
         return dict(image=torch.from_numpy(self.images[rows])[:, None], mask=torch.from_numpy(np.stack(holes))[:, None], findings=torch.from_numpy(asked))
 
@@ -234,7 +238,7 @@ def train_inpainter(
     "Trains an inpainting model; the rate rises to `lr` and falls once. Raises as `fit` does."
     shape = dict(size=data.size, findings=list(findings), coupling=coupling, widths=list(widths), fold=fold)
     history = fit(Inpainter(**shape, seed=seed).to(memory_format=torch.channels_last), examples, out=Path(out), steps=steps, batch_size=batch_size, seed=seed, optimizers=lambda m: torch.optim.AdamW(m.parameters(), lr, weight_decay=.01), clip=1., ema=ema,
-                  schedule=rise_and_fall(steps, .1), config=shape | dict(set=data.sha256, regions=len(examples.rows)), **options)
+                  schedule=rise_and_fall(steps, .1), config=shape | dict(set=data.sha256, holes=examples.key), **options)
     with atomic(Path(out)/"inpainter.safetensors") as tmp: safetensors.torch.save_model(history.ema, str(tmp))
     write_json(Path(out)/"inpainter.json", shape)
     return history.ema, history
