@@ -200,7 +200,7 @@ def test_inpainting_says_what_does_not_fit(tmp_path, monkeypatch, given, said):
 
 
 def test_edits_at_true_places_lie_in_masks_of_the_lenders(tmp_path, monkeypatch):
-    monkeypatch.chdir(repo_root()); data = open_dataset("phantom", 32, n=84)
+    monkeypatch.chdir(repo_root()); data = open_dataset("phantom", 32, n=120)
     given = dict(dataset=str(data.path), size=32, regions="truth", steps=4, judge_steps=4, batch_size=8, widths=[8, 16], n_tried=16, n_pairs=1, halves=8, least=-1., edits=5, hosts="test", sampling_steps=2, rounds=[4, 4], resamples=40, out=str(tmp_path/"42"))
     papermill.execute_notebook("nbs/42_inpaint.ipynb", tmp_path/"42.ipynb", parameters=given, cwd="nbs", progress_bar=False, kernel_name="python3")
     realism = pd.read_csv(tmp_path/"42"/"tables"/"realism.csv").set_index("method"); made = open_set(tmp_path/"42"/"set").manifest
