@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'small_vit', 'Tokens', 'tokens', 'GLoRI', 'Attending', 'part_by_patient', 'train_glori', 'load_glori',
-           'attention', 'cam_layers', 'grad_cam', 'localised', 'regions_of', 'by_finding']
+           'attention', 'rollout', 'cam_layers', 'grad_cam', 'localised', 'regions_of', 'by_finding']
 
 # %% ../../nbs/40_glori.ipynb #5941ce19
 import json
@@ -71,8 +71,11 @@ class Tokens(nn.Module):
         return (x.expand(-1, self.mean.shape[1], -1, -1) - self.mean)/self.std
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:  # uint8 [b 1 h w] -> patches [b k*d g g], CLS tokens [b k*d]
-        many = self.net.forward_intermediates(self.normalised(image), indices=self.blocks, norm=True, return_prefix_tokens=True, output_fmt="NCHW", intermediates_only=True)
-        return self.grid(torch.cat([patches for patches, _ in many], 1)), torch.cat([prefix[:, 0] for _, prefix in many], -1)
+        learns = any(p.requires_grad for p in self.net.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and learns): many = self.net.forward_intermediates(self.normalised(image), indices=self.blocks, norm=True, return_prefix_tokens=True, output_fmt="NCHW", intermediates_only=True)
+        patches = torch.cat([patches for patches, _ in many], 1)
+        if image.requires_grad and not learns: patches.requires_grad_()     # the gradients of Grad-CAM end at the tokens of a network that is kept
+        return self.grid(patches), torch.cat([prefix[:, 0] for _, prefix in many], -1)
 
 def tokens(
     spec: str,       # "small", or as of `extractor`: chexfound:FILE, rad-dino:FILE, timm:MODEL@FILE
@@ -135,10 +138,12 @@ class Attending(nn.Module):
         return self.looks(image)[0]
 
     def looks(self, image: Tensor) -> tuple[Tensor, Tensor]:  # uint8 [b 1 h w] -> logits [b f], attention [b heads f g g]
-        if self.published:
-            with evaluating(self.tokens): patches, cls = self.tokens(image)
-        else: patches, cls = self.tokens(image)
-        return self.head(patches, cls)
+        return self.head(*self.tokens(image))
+
+    def train(self, mode: bool = True) -> "Attending":
+        super().train(mode)
+        if self.published: self.tokens.eval()     # a published network is kept as it is
+        return self
 
     def losses(self, batch: dict[str, Tensor], step: int = 0) -> dict[str, Tensor]:
         "Binary cross-entropy, a mean over the labelled cells of the batch."
@@ -191,21 +196,32 @@ def _enlarged(maps: Tensor, size: int) -> np.ndarray:  # [b f g g] -> float32 [b
     return F.interpolate(maps.float().clamp(min=0), (size, size), mode="bilinear", align_corners=False).cpu().numpy()
 
 # %% ../../nbs/40_glori.ipynb #b82b5e79
-@torch.no_grad()
+def _toward(model, x, which):  # [b 1 s s], the finding of each -> where GLoRI looks for it, a mean over heads, [b g g]
+    return model.looks(x)[1].mean(1)[torch.arange(len(x)), torch.as_tensor(which)]
+
 def attention(
     model: Attending,
     images: np.ndarray,      # uint8 [n s s]
+    which: np.ndarray,       # the finding of each image, as a position among the model's, int [n]
     batch_size: int = 64,
-    rollout: bool = False,   # carried back through the transformer's blocks
-) -> tuple[np.ndarray, np.ndarray]:  # maps float32 [n f s s]; probabilities [n f]
-    "Where GLoRI looks for each finding, a mean over heads, and what it then thinks."
-    maps, answers, taken = [], [], _attentions(model.to(default_device()).tokens) if rollout else None
+) -> np.ndarray:             # float32 [n s s]
+    "Where GLoRI looks for one finding an image, a mean over heads."
+    with evaluating(model.to(default_device())): return np.concatenate([_enlarged(_toward(model, x, which[i*batch_size:(i + 1)*batch_size])[:, None], images.shape[-1])[:, 0] for i, x in enumerate(_batches(images, batch_size))])
+
+def rollout(
+    model: Attending,
+    images: np.ndarray,      # uint8 [n s s]
+    which: np.ndarray | None = None,  # as of `attention`: what GLoRI looks at for it is carried back; none: the mean over all tokens
+    batch_size: int = 64,
+) -> np.ndarray:             # float32 [n s s]
+    "From which patches of the image the tokens have come, through the attention of all blocks."
+    maps, taken = [], _attentions(model.to(default_device()).tokens)
     with evaluating(model):
-        for x in _batches(images, batch_size):
-            logits, a = model.looks(x); a = a.mean(1)
-            if rollout: a = (a.flatten(2) @ _rolled(taken(model.tokens.normalised(x)), model.tokens)).view_as(a)
-            maps.append(_enlarged(a, images.shape[-1])); answers.append(logits.sigmoid().float().cpu().numpy())
-    return np.concatenate(maps), np.concatenate(answers)
+        for i, x in enumerate(_batches(images, batch_size)):
+            r = _rolled(taken(model.tokens.normalised(x)), model.tokens); a = _toward(model, x, [0]*len(x) if which is None else which[i*batch_size:(i + 1)*batch_size])
+            back = r.mean(1) if which is None else (a.flatten(1)[:, None] @ r)[:, 0]
+            maps.append(_enlarged(back.view_as(a)[:, None], images.shape[-1])[:, 0])
+    return np.concatenate(maps)
 
 def _attentions(tokens: Tokens) -> AttentionExtract:  # of a copy: its hooks stay
     net = deepcopy(tokens.net)
@@ -252,6 +268,7 @@ def localised(
 ) -> np.ndarray:          # [n 3], in the order of MEASURES
     "How well maps lie on regions. Raises `ValueError` for an empty region, a negative map or other shapes."
     if maps.shape != regions.shape or not len(maps): raise ValueError(f"{maps.shape} maps cannot be laid on {regions.shape} regions")
+    if len(maps) > 256: return np.concatenate([localised(maps[i:i + 256], regions[i:i + 256]) for i in range(0, len(maps), 256)])
     if not regions.any((1, 2)).all() or maps.min() < 0 or not np.isfinite(maps).all(): raise ValueError("a region is empty, or a map is negative or not finite")
     m, r = maps.reshape(len(maps), -1).astype(float), regions.reshape(len(maps), -1).astype(bool)
     m = np.where(m.sum(1, keepdims=True) > 0, m, 1.); n = r.sum(1)      # a map of zeros says nothing: the same everywhere

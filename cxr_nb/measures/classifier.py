@@ -123,13 +123,13 @@ class Jittered(Dataset):
 
 # %% ../../nbs/20_classifier.ipynb #4d238c31
 def predict(
-    model: Classifier,
+    model: nn.Module,       # uint8 [b 1 h w] -> logits [b f]
     data: RadiographSet,    # images of any size that the network takes
     rows: np.ndarray,       # positions, [n]
     batch_size: int = 128,  # images at a time
 ) -> np.ndarray:            # logits, [n f]
     "Logits of each image, in evaluation mode."
-    device = model.mean.device
+    device = next(model.parameters()).device
     with evaluating(model): return np.concatenate([model(torch.from_numpy(data.images[rows[i:i + batch_size]])[:, None].to(device)).float().cpu().numpy() for i in range(0, len(rows), batch_size)])
 
 def cell_losses(
