@@ -1,5 +1,6 @@
 "Attention, registration and inpainting: what no single notebook shows."
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -13,8 +14,9 @@ from cxr_nb.data.findings import FINDINGS
 from cxr_nb.data.images import open_set, write_set
 from cxr_nb.data.phantom import open_dataset
 from cxr_nb.inpainting.demons import FORCES, carry, compose, jacobian, register, smooth, warp
-from cxr_nb.inpainting.glori import GLoRI, attention, part_by_patient, load_glori, localised, regions_of, train_glori
-from cxr_nb.inpainting.inpaint import CENTRAL, Holes, Inpainter, carried_maps, fill, load_inpainter, plan_edits, soft_masks, train_inpainter
+from cxr_nb.inpainting.glori import GLoRI, attention, grad_cam, part_by_patient, load_glori, localised, regions_of, train_glori
+from cxr_nb.inpainting.inpaint import CENTRAL, Holes, Inpainter, carried_maps, fill, known_places, load_inpainter, plan_edits, soft_masks, train_inpainter
+from cxr_nb.measures.classifier import predict
 from small import Cut, Stop, rows, same
 
 NAMES = list(FINDINGS)
@@ -49,7 +51,7 @@ def test_queries_are_not_trained_and_the_published_network_is_left_alone(data, t
     spec = f"timm:vit_tiny_patch16_224@{tmp_path/'vit.pth'}"; kept, _ = train_glori(data, rows(data), ["Effusion"], tmp_path/"c", **SETTINGS | dict(spec=spec, network={}, steps=2))
     weights = torch.load(tmp_path/"vit.pth", weights_only=True)
     assert all(torch.equal(v, weights[k]) for k, v in kept.tokens.net.state_dict().items())
-    assert attention(kept, data.images[:2])[0].shape == (2, 1, 32, 32)
+    assert attention(kept, data.images[:2], [0, 0]).shape == (2, 32, 32) and grad_cam(kept, kept.tokens.grid, data.images[:2], np.array([0, 0])).max() > 0
 
 
 def test_a_training_of_glori_that_was_killed_ends_with_the_same_weights(data, tmp_path):
@@ -62,7 +64,7 @@ def test_a_training_of_glori_that_was_killed_ends_with_the_same_weights(data, tm
 def test_what_is_loaded_is_what_was_trained_and_knows_its_patients(data, tmp_path):
     some, others = part_by_patient(data, rows(data), .6); model, _ = train_glori(data, some, ["Effusion", "Mass"], tmp_path/"fit-0", **SETTINGS); loaded = load_glori(tmp_path)
     assert same(model, loaded) and loaded.patients == set(data.manifest.patient_id.iloc[some]) and not loaded.patients & set(data.manifest.patient_id.iloc[others])
-    for a, b in zip(attention(model, data.images[:3]), attention(loaded, data.images[:3])): assert np.allclose(a, b)
+    assert np.allclose(attention(model, data.images[:3], [0, 1, 1]), attention(loaded, data.images[:3], [0, 1, 1])) and np.allclose(predict(model, data, np.arange(3)), predict(loaded, data, np.arange(3)))
     with pytest.raises(FileNotFoundError, match="run 40_glori with out="): load_glori(tmp_path/"nothing")
     with pytest.raises(ValueError, match="leaves one part without any"): part_by_patient(data, some[:1], .5)
 
@@ -129,10 +131,11 @@ def test_holes_of_healthy_images_have_the_shapes_of_the_ill(data, holes):
 
 
 def test_a_killed_inpainting_ends_with_the_same_weights_and_is_loaded(data, holes, tmp_path):
-    whole, _ = train_inpainter(data, holes, NAMES, tmp_path/"whole", **SHAPE)
+    whole, _ = train_inpainter(data, holes, NAMES, tmp_path/"whole", settings=dict(steps=7, guidance=3.), **SHAPE)
     with pytest.raises(Stop): train_inpainter(data, holes, NAMES, tmp_path/"cut", callbacks=[Cut()], checkpoint_every=2, **SHAPE)
     taken, history = train_inpainter(data, holes, NAMES, tmp_path/"cut", checkpoint_every=2, **SHAPE)
     assert history.resumed == 2 and same(whole, taken) and same(whole, load_inpainter(tmp_path/"cut"))
+    assert load_inpainter(tmp_path/"whole").settings == whole.settings == taken.settings | dict(steps=7, guidance=3.) != taken.settings
     with pytest.raises(FileNotFoundError, match="inpainter.json"): load_inpainter(tmp_path)
     about = pd.DataFrame(dict(row=holes.rows, finding=[NAMES[k] for k in holes.kind])); softer = Holes(data, about, holes.regions, holes.healthy, NAMES, 0, soft=2.)
     with pytest.raises(ValueError, match="another fit"): train_inpainter(data, softer, NAMES, tmp_path/"whole", **SHAPE)
@@ -167,9 +170,20 @@ def test_plans_take_lenders_with_the_finding_in_the_hosts_view(data):
     m = data.manifest; well = np.flatnonzero(m.No_Finding == 1); plan = plan_edits(data, well, rows(data), ["Effusion", "Cardiomegaly"], 24, rng(0, "plan"), opposite=1.)
     assert all(m[f].iloc[i] == 1 for f, i in zip(plan.finding, plan.lender)) and (m["view"].iloc[plan.host].to_numpy() == m["view"].iloc[plan.lender].to_numpy()).mean() > .8
     assert set(plan.finding[~plan.mirrored]) == {"Cardiomegaly"} <= set(CENTRAL) and plan.host.isin(well).all()
-    maps = np.ones((len(plan), 32, 32), np.float32); laid, seen = carried_maps(data, plan, maps, rounds=(4, 4)); assert np.allclose(laid, 1, atol=1e-4) and seen.shape == maps.shape
+    maps = np.stack([np.ones((len(plan), 32, 32)), np.zeros((len(plan), 32, 32))], 1).astype(np.float32); laid, seen = carried_maps(data, plan, maps, rounds=(4, 4)); assert np.allclose(laid, maps, atol=1e-4) and seen.shape == (len(plan), 32, 32)
+    assert (m.patient_id.to_numpy()[plan.host] != m.patient_id.to_numpy()[plan.lender]).all()
+    only = np.flatnonzero(m.Effusion == 1)[:1]; own = m.copy(); own.loc[own.index[well[:1]], "patient_id"] = m.patient_id.iloc[only[0]]
+    with pytest.raises(ValueError, match="no image of another patient with Effusion"): plan_edits(SimpleNamespace(manifest=own, images=data.images, path="it"), well[:1], only, ["Effusion"], 1, rng(0, "p"))
     with pytest.raises(ValueError, match="no healthy image"): plan_edits(data, well[:0], rows(data), ["Effusion"], 2, rng(0, "p"))
     with pytest.raises(ValueError, match="leave it out of the findings"): plan_edits(data, well, well, ["Effusion"], 2, rng(0, "p"))
+
+
+def test_places_are_the_masks_or_what_attention_holds(data, tmp_path):
+    about, regions = regions_of(data, rows(data), ["Effusion", "Mass"]); back = np.arange(len(about))[::-1]; none = pd.DataFrame(dict(row=[int(np.flatnonzero(data.manifest.Effusion == 0)[0])], finding=["Effusion"]))
+    told, places = known_places(data, pd.concat([about.iloc[back], none]), None); assert (told.to_numpy() == about.iloc[back].to_numpy()).all() and (places == regions[back]).all()
+    model, _ = train_glori(data, rows(data), ["Effusion", "Mass"], tmp_path, **SETTINGS); told, places = known_places(data, about, model, .3)
+    for k in (0, len(about) - 1):
+        a = attention(model, data.images[[about.row[k]]], [model.findings.index(about.finding[k])])[0]; assert len(told) == len(about) and .3 <= a[places[k]].sum()/a.sum() < .45 and a[places[k]].min() >= a[~places[k]].max()
 
 
 def test_masks_are_one_inside_and_zero_outside():
@@ -186,7 +200,7 @@ def test_the_chapters_run_on_a_set_that_says_nothing_of_places(tmp_path, monkeyp
     made, record = open_set(tmp_path/"42_inpaint"/"set"), json.loads((tmp_path/"42_inpaint"/"run.json").read_text())
     assert len(made) == 5 and made.manifest.parent.isin(data.manifest.image_id).all() and set(made.manifest.patient_id) <= set(data.manifest.patient_id)
     split = data.manifest.set_index("image_id").split; assert (split.loc[made.manifest.parent] == "train").all()
-    assert {t["name"] for t in record["tables"]} == {"judged", "kept", "realism"}     # no ceiling and no oracle for what is no phantom
+    assert {t["name"] for t in record["tables"]} == {"judged", "kept", "places", "realism"}     # no ceiling and no oracle for what is no phantom
     parents = np.array(data.images)[pd.Index(data.manifest.image_id).get_indexer(made.manifest.parent)]
     assert (made.images == parents)[made.masks == 0].all() and all((x != y)[m > 0].mean() > .5 for x, y, m in zip(made.images, parents, made.masks))
 
@@ -199,12 +213,13 @@ def test_inpainting_says_what_does_not_fit(tmp_path, monkeypatch, given, said):
         papermill.execute_notebook("nbs/42_inpaint.ipynb", tmp_path/"42.ipynb", parameters=dict(dataset=str(data.path), size=32, glori=str(tmp_path/"glori"), steps=2, batch_size=8, widths=[8, 16], out=str(tmp_path/"42")) | given, cwd="nbs", progress_bar=False, kernel_name="python3")
 
 
-def test_edits_at_true_places_lie_in_masks_of_the_lenders(tmp_path, monkeypatch):
+def test_edits_of_unseen_hosts_at_true_places_keep_their_split(tmp_path, monkeypatch):
     monkeypatch.chdir(repo_root()); data = open_dataset("phantom", 32, n=120)
     given = dict(dataset=str(data.path), size=32, regions="truth", steps=4, judge_steps=4, batch_size=8, widths=[8, 16], n_tried=16, n_pairs=1, halves=8, least=-1., edits=5, hosts="test", sampling_steps=2, rounds=[4, 4], resamples=40, out=str(tmp_path/"42"))
     papermill.execute_notebook("nbs/42_inpaint.ipynb", tmp_path/"42.ipynb", parameters=given, cwd="nbs", progress_bar=False, kernel_name="python3")
-    realism = pd.read_csv(tmp_path/"42"/"tables"/"realism.csv").set_index("method"); made = open_set(tmp_path/"42"/"set").manifest
+    realism, where = pd.read_csv(tmp_path/"42"/"tables"/"realism.csv").set_index("method"), pd.read_csv(tmp_path/"42"/"tables"/"places.csv").set_index(["finding", "place"]).value; made = open_set(tmp_path/"42"/"set").manifest
     assert len(made) == 5 and (made.split == "test").all() and (data.manifest.set_index("image_id").split.loc[made.parent] == "test").all() and (realism.change_outside.dropna() == 0).all() and "flow" in realism.index
+    assert abs(where["all", "attention, carried"] - where["all", "true region, carried"]) < .05 and where["all", "attention, carried"] > where["all", "the whole image"]     # the places are the true ones
 
 
 def test_a_judge_does_not_learn_from_patients_of_the_edits(tmp_path, monkeypatch):
