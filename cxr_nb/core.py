@@ -121,7 +121,7 @@ def check_parameters(
         d = have[k]
         fits = d is None or isinstance(v, type(d)) and isinstance(v, bool) == isinstance(d, bool) or isinstance(d, float) and type(v) is int
         if not fits:
-            raise ValueError(f"{where}: `{k}` of {Path(notebook).stem} is {v!r} ({type(v).__name__}), but its default is {d!r} ({type(d).__name__}); in YAML write 1.0e-4, not 1e-4")
+            raise ValueError(f"{where}: `{k}` of {Path(notebook).stem} is {v!r} ({type(v).__name__}), but its default is {d!r} ({type(d).__name__})" + ("; in YAML write 1.0e-4, not 1e-4" if isinstance(d, float) else f'; in YAML write `{k}: [{v}]`, for papermill -y "{k}: [{v}]"' if isinstance(d, list) else ""))
 
 # %% ../nbs/00_core.ipynb #95b303ae
 def git_state(root: Path) -> dict[str, Any]:  # {"commit": str | None, "clean": bool | None}

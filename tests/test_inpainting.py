@@ -205,12 +205,18 @@ def test_the_chapters_run_on_a_set_that_says_nothing_of_places(tmp_path, monkeyp
     assert (made.images == parents)[made.masks == 0].all() and all((x != y)[m > 0].mean() > .5 for x, y, m in zip(made.images, parents, made.masks))
 
 
-@pytest.mark.parametrize(("given", "said"), [(dict(), "trained on another set than"), (dict(glori="", regions="everywhere"), "it is .{0,3}attention.{0,3} or")])
+@pytest.mark.parametrize(("given", "said"), [(dict(), "trained on another set than"), (dict(glori="", regions="everywhere"), "it is .{0,3}attention.{0,3} or"), (dict(hosts="validation"), "no image of the split .{0,3}validation.{0,3} .hosts.; it has test, train, val")])
 def test_inpainting_says_what_does_not_fit(tmp_path, monkeypatch, given, said):
     monkeypatch.chdir(repo_root()); data = open_dataset("phantom", 32, n=84); other = open_dataset("phantom", 32, n=84, seed=7)
     train_glori(other, rows(other), ["Effusion", "Mass"], tmp_path/"glori"/"fit-0", **SETTINGS)
     with pytest.raises(papermill.PapermillExecutionError, match=said):
         papermill.execute_notebook("nbs/42_inpaint.ipynb", tmp_path/"42.ipynb", parameters=dict(dataset=str(data.path), size=32, glori=str(tmp_path/"glori"), steps=2, batch_size=8, widths=[8, 16], out=str(tmp_path/"42")) | given, cwd="nbs", progress_bar=False, kernel_name="python3")
+
+
+def test_attention_says_that_a_split_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(repo_root()); data = open_dataset("phantom", 32, n=84)
+    with pytest.raises(papermill.PapermillExecutionError, match="no image of the split .{0,3}tset.{0,3}; it has test, train, val"):
+        papermill.execute_notebook("nbs/40_glori.ipynb", tmp_path/"40.ipynb", parameters=dict(dataset=str(data.path), size=32, split="tset", out=str(tmp_path/"40")), cwd="nbs", progress_bar=False, kernel_name="python3")
 
 
 def test_edits_of_unseen_hosts_at_true_places_keep_their_split(tmp_path, monkeypatch):

@@ -238,11 +238,14 @@ def _rolled(taken: dict[str, Tensor], tokens: Tokens) -> Tensor:  # attention of
     return r/r.sum(-1, keepdim=True)
 
 # %% ../../nbs/40_glori.ipynb #5e7aa2fb
-def cam_layers(cnn: nn.Module) -> dict[str, nn.Module]:  # a `Classifier` on a convolutional network of timm's -> its stages, by their stride in pixels
-    "Where Grad-CAM can look. Raises `ValueError` for a network without stages."
+def cam_layers(
+    cnn: nn.Module,  # a `Classifier` on a convolutional network of timm's
+    side: int,       # of the images as it looks at them, pixels
+) -> dict[str, nn.Module]:  # its stages, by their stride in pixels
+    "Where Grad-CAM can look: stages of two cells a side or more. Raises `ValueError` for a network without stages."
     info = getattr(cnn.net, "feature_info", None)
     if not info: raise ValueError("Grad-CAM needs the stages of a convolutional network of timm's, e.g. tf_efficientnet_lite0, resnet18 or densenet121")
-    return {f"stride {i['reduction']}": cnn.net.get_submodule(i["module"]) for i in info if i["reduction"] >= 8}
+    return {f"stride {i['reduction']}": cnn.net.get_submodule(i["module"]) for i in info if 8 <= i["reduction"] <= side//2}
 
 def grad_cam(
     model: nn.Module,     # uint8 [b 1 h w] -> logits [b f]

@@ -114,7 +114,8 @@ class Inpainter(nn.Module):
     ):
         super().__init__()
         if coupling not in COUPLINGS: raise ValueError(f"coupling {coupling!r} is not one of {', '.join(COUPLINGS)}")
-        if size % (fold*2**(len(widths) - 1)) or any(w % 8 for w in widths): raise ValueError(f"a U-Net of widths {list(widths)} (multiples of 8) on {size} px folded by {fold} does not fit: the side must be a multiple of {fold*2**(len(widths) - 1)}")
+        if bad := [w for w in widths if w % 8]: raise ValueError(f"widths of the U-Net are multiples of 8, not {', '.join(map(str, bad))}")
+        if size % (fold*2**(len(widths) - 1)): raise ValueError(f"a U-Net of {len(widths)} widths on {size} px folded by {fold} does not fit: the side must be a multiple of {fold*2**(len(widths) - 1)}")
         self.size, self.findings, self.coupling, self.fold = size, list(findings), coupling, fold
         self.settings = dict(steps=20, guidance=2., method="euler")
         k, c = len(widths), fold**2

