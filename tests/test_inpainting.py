@@ -137,6 +137,8 @@ def test_a_killed_inpainting_ends_with_the_same_weights_and_is_loaded(data, hole
     assert history.resumed == 2 and same(whole, taken) and same(whole, load_inpainter(tmp_path/"cut"))
     assert load_inpainter(tmp_path/"whole").settings == whole.settings == taken.settings | dict(steps=7, guidance=3.) != taken.settings
     with pytest.raises(FileNotFoundError, match="inpainter.json"): load_inpainter(tmp_path)
+    told = json.loads((tmp_path/"cut/inpainter.json").read_text()); del told["settings"]; (tmp_path/"cut/inpainter.json").write_text(json.dumps(told))
+    with pytest.raises(ValueError, match="no settings of sampling"): load_inpainter(tmp_path/"cut")
     about = pd.DataFrame(dict(row=holes.rows, finding=[NAMES[k] for k in holes.kind])); softer = Holes(data, about, holes.regions, holes.healthy, NAMES, 0, soft=2.)
     with pytest.raises(ValueError, match="another fit"): train_inpainter(data, softer, NAMES, tmp_path/"whole", **SHAPE)
 

@@ -264,9 +264,11 @@ def train_inpainter(
     return history.ema, history
 
 def load_inpainter(folder: str | Path) -> Inpainter:
-    "A model that `train_inpainter` left, e.g. `fit-hole` in a run of 42_inpaint. Raises `FileNotFoundError`."
+    "A model that `train_inpainter` left, e.g. `fit-hole` in a run of 42_inpaint. Raises `FileNotFoundError`, or `ValueError` for a description that is not whole."
     for part in ("inpainter.json", "inpainter.safetensors"):
         if not (Path(folder)/part).is_file(): raise FileNotFoundError(f"{folder} holds no {part}: give the folder of a model of a run of 42_inpaint, e.g. RUN/fit-hole")
-    shape = json.loads((Path(folder)/"inpainter.json").read_text()); settings = shape.pop("settings")
+    shape = json.loads((Path(folder)/"inpainter.json").read_text())
+    if "settings" not in shape: raise ValueError(f"{folder}/inpainter.json tells no settings of sampling: train the model again with 42_inpaint")
+    settings = shape.pop("settings")
     model = load_weights(Inpainter(**shape), Path(folder)/"inpainter.safetensors").to(default_device()).eval(); model.settings |= settings
     return model
