@@ -202,7 +202,7 @@ def test_the_chapters_run_on_a_set_that_says_nothing_of_places(tmp_path, monkeyp
     made, record = open_set(tmp_path/"42_inpaint"/"set"), json.loads((tmp_path/"42_inpaint"/"run.json").read_text())
     assert len(made) == 5 and made.manifest.parent.isin(data.manifest.image_id).all() and set(made.manifest.patient_id) <= set(data.manifest.patient_id)
     split = data.manifest.set_index("image_id").split; assert (split.loc[made.manifest.parent] == "train").all()
-    assert {t["name"] for t in record["tables"]} == {"judged", "kept", "places", "realism"}     # no ceiling and no oracle for what is no phantom
+    assert {t["name"] for t in record["tables"]} == {"judged", "kept", "filter", "places", "realism"}     # no ceiling and no oracle for what is no phantom
     parents = np.array(data.images)[pd.Index(data.manifest.image_id).get_indexer(made.manifest.parent)]
     assert (made.images == parents)[made.masks == 0].all() and all((x != y)[m > 0].mean() > .5 for x, y, m in zip(made.images, parents, made.masks))
 
