@@ -412,6 +412,7 @@ def _state(model, batches, out, steps, per_epoch, optimizers, ema, clip, precisi
     groups = {k: [{a: v for a, v in g.items() if a not in ("params", "initial_lr")} | {"weights": len(g["params"])} for g in o.param_groups] for k, o in optimizers.items()}
     settings = dict(model=type(model).__qualname__, images=len(batches.data), batch_size=batches.size, epoch_steps=per_epoch, seed=batches.seed,
                     ema=ema, clip=clip, precision=precision, optimizers=groups, config=config or {})
+    if hasattr(batches.data, "key"): settings["data"] = batches.data.key
     if schedule is not None: settings["schedule"] = [float(schedule(k)) for k in (0, 1, 10, 100, 1000) if k < steps]   # one that is stretched to more steps is another
     for g in (g for o in optimizers.values() for g in o.param_groups): g.setdefault("initial_lr", g["lr"])
     return State(model, optimizers, Path(out), steps, per_epoch, device, settings=json.loads(json.dumps(settings, default=str)),
@@ -422,7 +423,7 @@ def _state(model, batches, out, steps, per_epoch, optimizers, ema, clip, precisi
 # %% ../nbs/01_train.ipynb #13f13992
 def fit(
     model: nn.Module,              # a `TrainingModel`; trained in place
-    data,                          # has `__len__` and `__getitems__(positions) -> dict of tensors`
+    data,                          # has `__len__` and `__getitems__(positions) -> dict of tensors`; its `key`, if it has one, a resumed run must share
     *,
     out: str | Path,               # run folder: `log.jsonl`, `checkpoints/`, `samples/`; a killed run in it is resumed, a finished one handed back
     steps: int,                    # steps to have done at the end

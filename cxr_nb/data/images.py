@@ -287,6 +287,7 @@ class RadiographData(torch.utils.data.Dataset):
         self.findings = list(set.findings if findings is None else findings)
         if unknown := [f for f in self.findings if f not in set.findings]: raise ValueError(f"{set.path} has no finding {unknown[0]}; it has {', '.join(set.findings)}")
         self.values = set.manifest[self.findings].to_numpy(np.float32)[self.rows]
+        self.key = hashlib.sha256(repr((set.sha256, self.findings)).encode() + self.rows.astype(np.int64).tobytes()).hexdigest()     # a training is taken up with the same images only
         self._flat = np.asarray(set.images)   # the same memory without memmap's cost per indexing
     def __len__(self): return len(self.rows)
     def __getitems__(self, positions: Sequence[int]) -> dict[str, torch.Tensor]:

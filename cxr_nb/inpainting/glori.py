@@ -122,7 +122,7 @@ class Attending(nn.Module):
     "A transformer with GLoRI behind it: one logit and one map a finding."
     def __init__(self,
         spec: str, size: int,     # as of `tokens`
-        findings: Sequence[str],
+        findings: Sequence[str],  # names, one logit each
         head_width: int = 768,    # of GLoRI
         whole: bool = False,      # CLS tokens beside each answer
         seed: int = 0,            # of the random weights
@@ -165,18 +165,24 @@ def part_by_patient(
 def train_glori(
     data: RadiographSet,
     rows: np.ndarray,     # positions of the images to learn from, [n]
-    findings: Sequence[str],
+    findings: Sequence[str],  # columns of the manifest, in the order of the logits
     out: str | Path,      # folder of the training; one that is there is gone on with
     *,
-    spec: str, head_width: int, steps: int, batch_size: int, lr: float, seed: int,  # as in the parameters of the notebook
+    spec: str,            # as of `tokens`
+    head_width: int,      # numbers a key of GLoRI
+    steps: int,           # of the optimiser
+    batch_size: int,      # images a step
+    lr: float,            # of AdamW, at its highest
+    seed: int,            # of weights, batches and jitter
     network: dict = {},   # whole, and those of `small_vit`
     **options,            # of `fit`
 ) -> tuple[Attending, History]:
-    "Trains GLoRI on image labels, with the small transformer or behind a published one, which stays as it is. The rate rises to `lr` and falls once. Raises as `fit` does."
+    "Trains GLoRI on image labels, with the small transformer or behind a published one, which stays as it is. The rate rises to `lr` and falls once. Raises `ValueError` without findings, and as `fit` does."
+    if not len(findings): raise ValueError(f"{data.path}: no finding to learn: a finding needs five images that show it, and one that does not")
     settings = dict(spec=spec, size=data.size, findings=list(findings), head_width=head_width, seed=seed, **network)
     model = Attending(**settings); train = Jittered(RadiographData(data, rows, findings), seed)
     adam = lambda m: torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=lr, weight_decay=.05)
-    history = fit(model, train, out=Path(out), steps=steps, batch_size=batch_size, seed=seed, optimizers=adam, clip=1., schedule=rise_and_fall(steps), config=settings | dict(set=data.sha256, rows=len(rows)) | train.settings, **options)
+    history = fit(model, train, out=Path(out), steps=steps, batch_size=batch_size, seed=seed, optimizers=adam, clip=1., schedule=rise_and_fall(steps), config=settings | train.settings, **options)
     write_json(Path(out)/"glori.json", settings | dict(set=data.sha256, patients=sorted(set(data.manifest.patient_id.iloc[rows]))))
     return history.model, history
 
@@ -272,7 +278,8 @@ def localised(
     "How well maps lie on regions. Raises `ValueError` for an empty region, a negative map or other shapes."
     if maps.shape != regions.shape or not len(maps): raise ValueError(f"{maps.shape} maps cannot be laid on {regions.shape} regions")
     if len(maps) > 256: return np.concatenate([localised(maps[i:i + 256], regions[i:i + 256]) for i in range(0, len(maps), 256)])
-    if not regions.any((1, 2)).all() or maps.min() < 0 or not np.isfinite(maps).all(): raise ValueError("a region is empty, or a map is negative or not finite")
+    for what, wrong in (("region {} is empty: leave it out", ~regions.any((1, 2))), ("map {} has values that are negative or not finite: clip it", ~((maps >= 0) & np.isfinite(maps)).all((1, 2)))):
+        if wrong.any(): raise ValueError(what.format(int(np.argmax(wrong))))
     m, r = maps.reshape(len(maps), -1).astype(float), regions.reshape(len(maps), -1).astype(bool)
     m = np.where(m.sum(1, keepdims=True) > 0, m, 1.); n = r.sum(1)      # a map of zeros says nothing: the same everywhere
     top = m == m.max(1, keepdims=True); rank = np.argsort(np.argsort(-m, axis=1, kind="stable"), axis=1) < n[:, None]

@@ -84,7 +84,7 @@ class Holes(Dataset):
         self.kind = np.array([list(findings).index(f) for f in about.finding]); self.n, self.seed, self.soft, self.shift = len(findings), seed, soft, round(2*soft/3)
         key = hashlib.sha256()
         for a in (self.rows, self.kind, self.healthy, regions): key.update(np.ascontiguousarray(a))
-        key.update(repr((seed, soft)).encode()); self.key = key.hexdigest()     # a training is taken up with the same only
+        key.update(repr((data.sha256, seed, soft)).encode()); self.key = key.hexdigest()     # a training is taken up with the same only
 
     def __len__(self): return 2*len(self.rows)
 
@@ -105,7 +105,7 @@ class Inpainter(nn.Module):
     "Fills holes in radiographs with a finding or with none."
     def __init__(self,
         size: int,                    # side of the images in pixels
-        findings: Sequence[str],
+        findings: Sequence[str],      # names, one number each of the vector that says what is wanted
         coupling: str = "hole",       # one of COUPLINGS
         widths: Sequence[int] = (32, 64, 96),  # channels, multiples of 8
         fold: int = 2,                # pixels of a side that are folded into channels
@@ -248,17 +248,24 @@ def carried_maps(
 def train_inpainter(
     data: RadiographSet,
     examples: Holes,
-    findings: Sequence[str],
+    findings: Sequence[str],  # in the order of the vectors of `examples`
     out: str | Path,          # folder of the training; one that is there is gone on with
     *,
-    coupling: str, widths: Sequence[int], fold: int, steps: int, batch_size: int, lr: float, ema: float, seed: int,  # as in the parameters of the notebook
+    coupling: str,            # one of COUPLINGS
+    widths: Sequence[int],    # channels of the U-Net
+    fold: int,                # pixels of a side that are folded into channels
+    steps: int,               # of the optimiser
+    batch_size: int,          # images a step
+    lr: float,                # of AdamW, at its highest
+    ema: float,               # decay, a step, of the averaged weights, 0 ... 1
+    seed: int,                # of weights, batches and noise
     settings: dict = {},      # steps, guidance and method of sampling, which are kept with the model
     **options,                # of `fit`
 ) -> tuple[Inpainter, History]:  # the averaged model
     "Trains an inpainting model; the rate rises to `lr` and falls once. Raises as `fit` does."
     shape = dict(size=data.size, findings=list(findings), coupling=coupling, widths=list(widths), fold=fold)
     history = fit(Inpainter(**shape, seed=seed).to(memory_format=torch.channels_last), examples, out=Path(out), steps=steps, batch_size=batch_size, seed=seed, optimizers=lambda m: torch.optim.AdamW(m.parameters(), lr, weight_decay=.01), clip=1., ema=ema,
-                  schedule=rise_and_fall(steps, .1), config=shape | dict(set=data.sha256, holes=examples.key), **options)
+                  schedule=rise_and_fall(steps, .1), config=shape, **options)
     with atomic(Path(out)/"inpainter.safetensors") as tmp: safetensors.torch.save_model(history.ema, str(tmp))
     history.ema.settings |= settings; write_json(Path(out)/"inpainter.json", shape | dict(settings=history.ema.settings))
     return history.ema, history

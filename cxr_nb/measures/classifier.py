@@ -106,7 +106,7 @@ class Jittered(Dataset):
         shift: float = .06,    # share of the width and of the height
         gamma: float = .35,    # logarithm of the exponent of the grey levels
     ):
-        self.data, self.seed, self.most, self.findings = data, seed, (turn, scale, shift, gamma), data.findings
+        self.data, self.seed, self.most, self.findings, self.key = data, seed, (turn, scale, shift, gamma), data.findings, data.key
         self.settings = dict(jitter=self.most, seed=seed)    # what a training that is taken up must share
 
     def __len__(self): return len(self.data)

@@ -22,7 +22,7 @@ class Joined(Dataset):
     def __init__(self, *parts: RadiographData):
         if len({tuple(p.findings) for p in parts}) != 1: raise ValueError(f"the parts label different findings: {[list(p.findings) for p in parts]}")
         self.parts, self.start = parts, np.cumsum([0, *map(len, parts)])
-        self.findings = parts[0].findings
+        self.findings, self.key = parts[0].findings, [p.key for p in parts]
 
     def __len__(self) -> int: return int(self.start[-1])
 
