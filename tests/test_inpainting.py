@@ -14,8 +14,8 @@ from cxr_nb.data.findings import FINDINGS
 from cxr_nb.data.images import open_set, write_set
 from cxr_nb.data.phantom import open_dataset
 from cxr_nb.inpainting.demons import FORCES, carry, compose, jacobian, register, smooth, warp
-from cxr_nb.inpainting.glori import GLoRI, attention, grad_cam, part_by_patient, load_glori, localised, regions_of, train_glori
-from cxr_nb.inpainting.inpaint import CENTRAL, Holes, Inpainter, carried_maps, fill, known_places, load_inpainter, plan_edits, soft_masks, train_inpainter
+from cxr_nb.inpainting.glori import Attending, GLoRI, attention, grad_cam, part_by_patient, load_glori, localised, regions_of, rollout, train_glori
+from cxr_nb.inpainting.inpaint import CENTRAL, Holes, Inpainter, carried_maps, fill, known_places, load_inpainter, plan_edits, refill, soft_masks, train_inpainter
 from cxr_nb.measures.classifier import predict
 from small import Cut, Stop, rows, same
 
@@ -59,6 +59,22 @@ def test_a_training_of_glori_that_was_killed_ends_with_the_same_weights(data, tm
     with pytest.raises(Stop): train_glori(data, rows(data), ["Effusion", "Mass"], tmp_path/"cut", callbacks=[Cut()], checkpoint_every=2, **SETTINGS)
     taken, history = train_glori(data, rows(data), ["Effusion", "Mass"], tmp_path/"cut", checkpoint_every=2, **SETTINGS)
     assert history.resumed == 2 and same(whole, taken)
+    with pytest.raises(ValueError, match="belongs to another fit: data is"): train_glori(data, np.flatnonzero(data.manifest.split != "train")[:1].tolist() + rows(data)[1:].tolist(), ["Effusion", "Mass"], tmp_path/"whole", **SETTINGS)     # as many images, one of them another
+    with pytest.raises(ValueError, match="no finding to learn"): train_glori(data, rows(data), [], tmp_path/"none", **SETTINGS)
+
+
+def test_transformers_of_the_form_of_dinov3_have_tokens_and_rollout(data, tmp_path):
+    import timm
+    torch.save(timm.create_model("vit_small_patch16_dinov3", num_classes=0).state_dict(), tmp_path/"v3.pth")
+    model = Attending(f"timm:vit_small_patch16_dinov3@{tmp_path/'v3.pth'}", 32, ["Effusion", "Mass"], head_width=32); patches, cls = model.tokens(torch.from_numpy(np.array(data.images[:2]))[:, None])
+    assert patches.shape == (2, 4*384, 16, 16) and cls.shape == (2, 4*384) and (through := rollout(model, data.images[:2])).shape == (2, 32, 32) and np.allclose(through.sum((1, 2)), 4, rtol=.05)     # 16 x 16 patches of 2 x 2 pixels
+
+
+def test_rollout_multiplies_the_attention_of_the_blocks():
+    from cxr_nb.inpainting.glori import _rolled
+    a, b = (torch.softmax(torch.randn(1, 2, 5, 5, generator=torch_rng(k, "a")), -1) for k in (0, 1)); tokens = SimpleNamespace(net=SimpleNamespace(num_prefix_tokens=1), blocks=1)
+    by_hand = (b.mean(1) + torch.eye(5))/2 @ ((a.mean(1) + torch.eye(5))/2); by_hand = by_hand[:, 1:, 1:]/by_hand[:, 1:, 1:].sum(-1, keepdim=True)
+    assert torch.allclose(_rolled({"0": a, "1": b}, tokens), by_hand, atol=1e-6)
 
 
 def test_what_is_loaded_is_what_was_trained_and_knows_its_patients(data, tmp_path):
@@ -143,6 +159,31 @@ def test_a_killed_inpainting_ends_with_the_same_weights_and_is_loaded(data, hole
     with pytest.raises(ValueError, match="another fit"): train_inpainter(data, softer, NAMES, tmp_path/"whole", **SHAPE)
 
 
+@pytest.mark.parametrize("coupling", ["hole", "noise", "alone"])
+def test_what_is_asked_for_is_drawn_and_guidance_drives_it_further(tmp_path, coupling):
+    n, g = 64, rng(0, "toy"); images = g.normal(100, 6, (3*n, 32, 32)); regions = np.zeros((2*n, 32, 32), bool)
+    for k, (y, x) in enumerate(g.integers(4, 18, (2*n, 2))): regions[k, y:y + 10, x:x + 10] = True; images[k][regions[k]] += 60 if k < n else -60     # A is bright, B is dark
+    toy = SimpleNamespace(images=images.round().astype(np.uint8), path="toy", size=32, sha256="toy"); about = pd.DataFrame(dict(row=range(2*n), finding=["A"]*n + ["B"]*n))
+    model, _ = train_inpainter(toy, Holes(toy, about, regions, np.arange(2*n, 3*n), ["A", "B"], 0, 2.), ["A", "B"], tmp_path, **SHAPE | dict(coupling=coupling, widths=(8, 16), steps=120, batch_size=16, lr=5e-3, ema=.95))
+    hosts, masks, level = toy.images[-8:], soft_masks(regions[:8], 1., 2.), {}
+    for guidance in (1., 2.):
+        model.settings |= dict(steps=10, guidance=guidance)
+        for name, f in (("A", [1, 0]), ("none", [0, 0]), ("B", [0, 1])): level[guidance, name] = (refill if coupling == "alone" else fill)(model, hosts, masks, np.tile(f, (8, 1)).astype(float), torch_rng(0, "f"))[masks == 1].mean()
+    apart = 3 if coupling == "alone" else 20      # without surroundings the square is drawn anywhere
+    assert level[1., "A"] > level[1., "none"] + apart and level[1., "B"] < level[1., "none"] - apart, level
+    assert level[2., "A"] > level[1., "A"] + apart/4 and level[2., "B"] < level[1., "B"] - apart/4 and level[2., "none"] == level[1., "none"], level
+
+
+class Exact(Inpainter):
+    "The speed of a flow from noise to images whose pixels are independent, of mean 0 and deviation 0.3."
+    def forward(self, x, t, around, mask, findings): t = t.view(-1, 1, 1, 1); return (.09*t - (1 - t))/(.09*t**2 + (1 - t)**2)*x
+
+
+def test_re_noising_keeps_the_spread_of_what_is_drawn():
+    model = Exact(32, ["A"], "alone", (8, 16)); model.settings |= dict(steps=60, guidance=1.); masks = np.zeros((16, 32, 32), np.float32); masks[:, 8:24, 8:24] = 1
+    for again in (1, 3): assert abs(refill(model, np.full((16, 32, 32), 100, np.uint8), masks, np.ones((16, 1)), torch_rng(0, "r"), again)[masks == 1].std()/127.5/.3 - 1) < .06, again
+
+
 class Wrong(Inpainter):
     "Adds what is wrong everywhere but in the hole."
     def forward(self, x, t, around, mask, findings): return super().forward(x, t, around, mask, findings) + 1e3*(mask == 0)
@@ -202,12 +243,12 @@ def test_the_chapters_run_on_a_set_that_says_nothing_of_places(tmp_path, monkeyp
     made, record = open_set(tmp_path/"42_inpaint"/"set"), json.loads((tmp_path/"42_inpaint"/"run.json").read_text())
     assert len(made) == 5 and made.manifest.parent.isin(data.manifest.image_id).all() and set(made.manifest.patient_id) <= set(data.manifest.patient_id)
     split = data.manifest.set_index("image_id").split; assert (split.loc[made.manifest.parent] == "train").all()
-    assert {t["name"] for t in record["tables"]} == {"judged", "kept", "filter", "places", "realism"}     # no ceiling and no oracle for what is no phantom
+    assert {t["name"] for t in record["tables"]} == {"networks", "judged", "kept", "filter", "places", "simulated", "realism"}     # nothing that needs a simulator, and no oracle, for what is no phantom
     parents = np.array(data.images)[pd.Index(data.manifest.image_id).get_indexer(made.manifest.parent)]
     assert (made.images == parents)[made.masks == 0].all() and all((x != y)[m > 0].mean() > .5 for x, y, m in zip(made.images, parents, made.masks))
 
 
-@pytest.mark.parametrize(("given", "said"), [(dict(), "trained on another set than"), (dict(glori="", regions="everywhere"), "it is .{0,3}attention.{0,3} or"), (dict(hosts="validation"), "no image of the split .{0,3}validation.{0,3} .hosts.; it has test, train, val")])
+@pytest.mark.parametrize(("given", "said"), [(dict(), "trained on another set than"), (dict(glori="", regions="everywhere"), "it is .{0,3}attention.{0,3} or"), (dict(held=1.2), "held is 1.2"), (dict(hosts="validation"), "no image of the split .{0,3}validation.{0,3} .hosts.; it has test, train, val")])
 def test_inpainting_says_what_does_not_fit(tmp_path, monkeypatch, given, said):
     monkeypatch.chdir(repo_root()); data = open_dataset("phantom", 32, n=84); other = open_dataset("phantom", 32, n=84, seed=7)
     train_glori(other, rows(other), ["Effusion", "Mass"], tmp_path/"glori"/"fit-0", **SETTINGS)
