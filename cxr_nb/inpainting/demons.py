@@ -135,9 +135,9 @@ def _levels(moving, fixed, rounds, *settings):
 
 # %% ../../nbs/41_demons.ipynb #e2ffdba5
 def carry(
-    marked: Tensor,          # what is marked on the moving images, [b c h w]
-    moving: Tensor,          # [b 1 h w]
-    fixed: Tensor,           # [b 1 h w]
+    marked: Tensor,          # what is marked on the moving images, any numbers [b c h w]
+    moving: Tensor,          # images that are bent, any grey scale [b 1 h w]
+    fixed: Tensor,           # what they are to look like, any grey scale [b 1 h w]
     mirrored: bool = False,  # to the opposite side
     **settings,              # of `register`
 ) -> tuple[Tensor, Tensor]:  # the marks on the fixed images [b c h w]; the moving images as they were registered [b 1 h w]

@@ -36,10 +36,11 @@ def top_regions(
     maps: np.ndarray,    # not negative, [n h w]
     held: float = .5,    # share of each map that its region holds, 0 ... 1
 ) -> np.ndarray:         # bool [n h w]
-    "The smallest regions that hold a share of their maps. Raises `ValueError` for a map of zeros."
+    "The smallest regions that hold a share of their maps. Raises `ValueError` for a map of zeros or with negative values."
+    if (maps < 0).any(): raise ValueError(f"map {int(np.argmax((maps < 0).any((1, 2))))} of {len(maps)} has negative values: clip it at zero")
     keep = np.zeros(maps.shape, bool)
     for k, m in enumerate(maps.reshape(len(maps), -1)):
-        if (total := m.sum(dtype=float)) <= 0: raise ValueError(f"map {k} of {len(maps)} is zero everywhere: it has no region")
+        if (total := m.sum(dtype=float)) <= 0: raise ValueError(f"map {k} of {len(maps)} is zero everywhere and has no region: leave it out")
         order = np.argsort(-m, kind="stable"); keep[k].flat[order[np.concatenate([[0], np.cumsum(m[order], dtype=float)[:-1]])/total < held]] = True
     return keep
 
@@ -49,7 +50,7 @@ def soft_masks(
     soft: float = 3.,     # pixels over which it then falls to zero
 ) -> np.ndarray:          # float32 [n h w], 0 ... 1
     "One in the regions, falling smoothly to exactly zero around them. Raises `ValueError` for an empty region."
-    if not regions.any((1, 2)).all(): raise ValueError(f"region {int(np.argmin(regions.any((1, 2))))} of {len(regions)} is empty: it has no mask")
+    if not regions.any((1, 2)).all(): raise ValueError(f"region {int(np.argmin(regions.any((1, 2))))} of {len(regions)} is empty and has no mask: leave it out")
     away = np.stack([ndimage.distance_transform_edt(~r) for r in regions])
     return (.5 + .5*np.cos(np.pi*np.clip((away - grow)/(soft + 1e-9), 0, 1))).astype(np.float32)
 def known_places(
